@@ -1,0 +1,180 @@
+"""The artifact store: a folder of published artifacts, each complete, checked and never changed.
+
+    ROOT/artifacts/<stage>/<fingerprint, 16 digits>/   published by one atomic rename; holds artifact.json
+    ROOT/work/<stage>/<fingerprint, 16 digits>/        being made: out/ becomes the artifact, scratch/ holds
+                                                       what an interrupted stage resumes from
+
+A stage whose fingerprint is published is not run again: the store is the cache.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moestro.artifacts.fingerprint import content_fingerprint, file_digest
+from moestro.artifacts.lock import exclusive
+from moestro.artifacts.record import RECORD_NAME, FileEntry, Record
+from moestro.errors import ArtifactError, ResourceError
+
+DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published directory. `fingerprint` is its identity, `stage` the kind of thing it is."""
+
+    path: Path
+    stage: str
+    fingerprint: str
+
+    @property
+    def record(self) -> Record:
+        """The record beside the bytes."""
+        return Record.read(self.path)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Artifact":
+        """The artifact in `folder`: Moestro's own by its record, anything else by the contents of its files."""
+        if (folder / RECORD_NAME).exists():
+            record = Record.read(folder)
+            return cls(folder, record.stage, record.fingerprint)
+        if not folder.exists():
+            raise ArtifactError(f"{folder}: no such file or directory.")
+        files = (
+            {str(path.relative_to(folder)): path for path in all_files(folder)}
+            if folder.is_dir()
+            else {folder.name: folder}
+        )
+        return cls(folder, "files", content_fingerprint(files))
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """Where a stage works: `out` becomes the artifact, `scratch` survives interruptions and is then removed."""
+
+    out: Path
+    scratch: Path
+
+
+def all_files(folder: Path) -> list[Path]:
+    """Every file under `folder`, sorted by relative path."""
+    return sorted(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.relative_to(folder).as_posix()
+    )
+
+
+class ArtifactStore:
+    """Finds, checks and publishes artifacts under `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, stage: str, fingerprint: str) -> Path:
+        """Where the artifact lies or would lie."""
+        return self.root / "artifacts" / stage / fingerprint[:DIGITS]
+
+    def find(self, stage: str, fingerprint: str) -> Artifact | None:
+        """The published artifact, its files verified against their digests, or None.
+
+        Raises `ArtifactError` naming the first file that is not what was published.
+        """
+        folder = self.folder(stage, fingerprint)
+        if not folder.exists():
+            return None
+        record = Record.read(folder)
+        if (record.stage, record.fingerprint) != (stage, fingerprint):
+            raise ArtifactError(
+                f"{folder} holds {record.stage} {record.fingerprint[:DIGITS]}, not {stage} {fingerprint[:DIGITS]}."
+            )
+        verify(folder, record)
+        return Artifact(folder, stage, fingerprint)
+
+    def records(self, stage: str | None = None) -> Iterator[tuple[Path, Record]]:
+        """Every published artifact's folder and record, oldest first."""
+        found = [
+            (path.parent, Record.read(path.parent))
+            for path in self.root.glob(f"artifacts/{stage or '*'}/*/{RECORD_NAME}")
+        ]
+        yield from sorted(found, key=lambda pair: (pair[1].created_at, pair[1].fingerprint))
+
+    @contextmanager
+    def work(self, stage: str, fingerprint: str) -> Iterator[WorkFolder]:
+        """A locked folder to make the artifact in; what an interrupted attempt left in `scratch` is still there.
+
+        Raises `BusyError` if another process is making the same artifact.
+        """
+        folder = self.root / "work" / stage / fingerprint[:DIGITS]
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder.with_suffix(".lock"), what=f"{stage} {fingerprint[:DIGITS]}"):
+            out = folder / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            (folder / "scratch").mkdir(parents=True, exist_ok=True)
+            out.mkdir()
+            with disk_space_errors(folder):
+                yield WorkFolder(out, folder / "scratch")
+
+    def publish(self, work: WorkFolder, record: Record) -> Artifact:
+        """Write the record, make everything durable, and move the work into place in one atomic step."""
+        target = self.folder(record.stage, record.fingerprint)
+        with disk_space_errors(work.out):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (work.out / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n")
+            for path in all_files(work.out):
+                _sync(path)
+            work.out.replace(target)
+            _sync(target.parent)
+        shutil.rmtree(work.out.parent, ignore_errors=True)
+        return Artifact(target, record.stage, record.fingerprint)
+
+
+def digest_files(folder: Path) -> dict[str, FileEntry]:
+    """Digest and size of every file under `folder`, but for its record."""
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(sha256=file_digest(path), size=path.stat().st_size)
+        for path in all_files(folder)
+        if path != folder / RECORD_NAME
+    }
+
+
+def verify(folder: Path, record: Record) -> None:
+    """Raise `ArtifactError` naming the first file of `folder` that differs from its record."""
+    hint = "Something changed it after it was published. Delete that folder; it will be made again."
+    for name, entry in record.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"Corrupted artifact: {path} is missing.", hint=hint)
+        if path.stat().st_size != entry.size or file_digest(path) != entry.sha256:
+            raise ArtifactError(f"Corrupted artifact: {path} does not match its digest {entry.sha256[:12]}.", hint=hint)
+    strays = {path.relative_to(folder).as_posix() for path in all_files(folder)} - set(record.files) - {RECORD_NAME}
+    if strays:
+        raise ArtifactError(
+            f"Corrupted artifact: {folder} has files that were not published: {sorted(strays)[:3]}.", hint=hint
+        )
+
+
+@contextmanager
+def disk_space_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk into one readable error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(where if where.exists() else where.parent).free
+        raise ResourceError(
+            f"No space left on the disk that holds {where} ({free / 1e6:.0f} MB free).",
+            hint="Free some or point MOESTRO_HOME elsewhere, then run the same command again: it resumes.",
+        ) from None
+
+
+def _sync(path: Path) -> None:
+    """Make a file or a directory's entries durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

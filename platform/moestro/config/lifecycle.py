@@ -1,0 +1,103 @@
+"""`LifecycleConfig`: the whole walk in one object, and `Resources`, which says where and with how much it runs."""
+
+from pydantic import Field, model_validator
+
+from moestro.config.base import Config
+from moestro.config.data import DataConfig, DomainName, TokensConfig
+from moestro.config.stages import (
+    BranchConfig,
+    CompressConfig,
+    DeployConfig,
+    EvaluateConfig,
+    MixConfig,
+    ProfileConfig,
+    RlConfig,
+    SeedConfig,
+    TuneConfig,
+)
+from moestro.config.training import TrainingConfig
+
+
+class Resources(Config):
+    """Execution, never identity: changing any of this runs no stage again."""
+
+    cpus: int | None = Field(None, ge=1)
+    """Cores to use; default all."""
+    branch_cpus: int = Field(1, ge=1)
+    """Cores per branch; branches run side by side as cores allow."""
+    max_retries: int = Field(3, ge=0)
+    """How often a stage whose worker was lost is resumed."""
+
+
+class BranchesConfig(Config):
+    """How every domain's branch is trained; `overrides` replaces the training of single domains."""
+
+    training: TrainingConfig
+    """The training run of each branch."""
+    trainable: str = Field("ffn", pattern="^(all|ffn)$")
+    """Which weights train: `all` or `ffn`."""
+    overrides: dict[DomainName, TrainingConfig] = Field(default_factory=dict)
+    """Another training run for the named domains."""
+
+
+class LifecycleConfig(Config):
+    """One lifecycle, from seed to deployment. A stage that is left out is not run, nor are those that need it."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    """Name of the lifecycle: names runs in Prefect and MLflow. Not identity."""
+    data: DataConfig
+    """The domains."""
+    seed: SeedConfig
+    """The dense checkpoint everything starts from."""
+    tokens: TokensConfig = TokensConfig()
+    """How much text each domain contributes."""
+    branch: BranchesConfig
+    """The domains' branches."""
+    mix: MixConfig = MixConfig()
+    """Branches become one MoE."""
+    tune: TuneConfig | None = None
+    """Fine-tuning of the MoE."""
+    rl: RlConfig | None = None
+    """Reinforcement learning."""
+    compress: CompressConfig | None = None
+    """Expert pruning."""
+    deploy: DeployConfig | None = None
+    """Serving."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Measured after every stage."""
+    profile: ProfileConfig = ProfileConfig()
+    """Measured after every stage whose result is an MoE."""
+    resources: Resources = Resources()
+    """Where and with how much it runs; not identity."""
+
+    def branch_configs(self) -> dict[str, BranchConfig]:
+        """Each domain's branch config, in the domains' order."""
+        names = [domain.name for domain in self.data.domains]
+        return {
+            name: BranchConfig.model_validate(
+                {
+                    "domain": name,
+                    "training": self.branch.overrides.get(name, self.branch.training),
+                    "trainable": self.branch.trainable,
+                }
+            )
+            for name in names
+        }
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LifecycleConfig":
+        names = [domain.name for domain in self.data.domains]
+        if len(set(names)) != len(names):
+            raise ValueError(f"data.domains: names must differ, got {names}")
+        unknown = set(self.branch.overrides) - set(names)
+        if unknown:
+            raise ValueError(f"branch.overrides: no domain named {sorted(unknown)}; domains are {names}")
+        experts = len(names) + self.mix.include_seed
+        if self.mix.num_experts_per_tok > experts:
+            raise ValueError(f"mix.num_experts_per_tok: {self.mix.num_experts_per_tok} of only {experts} experts")
+        if self.compress and not self.mix.num_experts_per_tok <= self.compress.num_experts <= experts:
+            raise ValueError(
+                f"compress.num_experts: must lie between mix.num_experts_per_tok ({self.mix.num_experts_per_tok}) "
+                f"and the {experts} experts of the mix"
+            )
+        return self

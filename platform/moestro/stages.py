@@ -1,0 +1,113 @@
+"""The stages, one line each: what they are called, which config they take, and the pure function that does the work.
+
+A stage is `function(config, **inputs, job=job) -> result`: it fills `job.out` and returns its key figures as JSON
+values. Its inputs are artifacts, or mappings of names to artifacts where there is one per domain. `version` is the
+stage's semantic version: raise it when the same config and inputs would give another result. `sources` names a
+function `(config) -> {name: fingerprint}` that identifies material from outside the store. `on_cluster` stages
+train; they run as Ray tasks.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moestro import config
+from moestro.artifacts import Artifact, fingerprint
+
+Inputs = Mapping[str, Artifact | Mapping[str, Artifact]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of the lifecycle."""
+
+    version: str
+    config: Any
+    function: str
+    inputs: tuple[str, ...] = ()
+    sources: str = ""
+    on_cluster: bool = False
+    needs_engine: bool = False
+
+    def load(self) -> Callable[..., dict[str, Any]]:
+        """The stage's function; imports what it needs only now."""
+        return _resolve(self.function)
+
+
+STAGES: dict[str, Stage] = {
+    "corpus": Stage(
+        version="1",
+        config=config.CorpusConfig,
+        function="moestro.data.corpus:corpus",
+        sources="moestro.data.sources:identify",
+    ),
+    "seed": Stage(
+        version="1",
+        config=config.SeedConfig,
+        function="moestro.seeding:seed",
+        inputs=("corpora",),
+        sources="moestro.seeding.sources:identify",
+        on_cluster=True,
+    ),
+    "tokens": Stage(
+        version="1", config=config.TokensConfig, function="moestro.data.tokens:tokens", inputs=("corpus", "seed")
+    ),
+    "branch": Stage(
+        version="1",
+        config=config.BranchConfig,
+        function="moestro.branching:branch",
+        inputs=("seed", "tokens"),
+        on_cluster=True,
+    ),
+    "mix": Stage(
+        version="1", config=config.MixConfig, function="moestro.mixing:mix", inputs=("seed", "branches", "tokens")
+    ),
+    "tune": Stage(
+        version="1",
+        config=config.TuneConfig,
+        function="moestro.tuning:tune",
+        inputs=("model", "tokens"),
+        on_cluster=True,
+    ),
+    "rl": Stage(version="1", config=config.RlConfig, function="moestro.rl:rl", inputs=("model",), needs_engine=True),
+    "compress": Stage(
+        version="1", config=config.CompressConfig, function="moestro.compression:compress", inputs=("model", "tokens")
+    ),
+    "evaluate": Stage(
+        version="1", config=config.EvaluateConfig, function="moestro.evaluation:evaluate", inputs=("model", "tokens")
+    ),
+    "profile": Stage(
+        version="1", config=config.ProfileConfig, function="moestro.profiling:profile", inputs=("model", "tokens")
+    ),
+    "deploy": Stage(
+        version="1", config=config.DeployConfig, function="moestro.deployment:deploy", inputs=("model", "tokens")
+    ),
+}
+
+
+def flatten(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs by role, one level deep: `{"seed": s, "branches": {"code": b}}` -> `{"seed": s, "branches/code": b}`."""
+    flat: dict[str, Any] = {}
+    for role, value in inputs.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{role}/{name}": item for name, item in value.items()})
+        else:
+            flat[role] = value
+    return flat
+
+
+def source_fingerprints(stage: str, stage_config: config.Config) -> dict[str, str]:
+    """Identity of what the stage reads from outside the store, by role; raises `InputError` if it is missing."""
+    function = STAGES[stage].sources
+    return {f"source/{name}": value for name, value in _resolve(function)(stage_config).items()} if function else {}
+
+
+def identify(stage: str, stage_config: config.Config, inputs: Mapping[str, str]) -> str:
+    """Fingerprint of what `stage` would make of `inputs` (fingerprints by flattened role, sources included)."""
+    return fingerprint(stage, STAGES[stage].version, stage_config.identity(), inputs)
+
+
+def _resolve(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
