@@ -38,6 +38,10 @@ def run_stage(
     with store.work(stage, identity) as work:
         if found := store.find(stage, identity):
             return found
+        if resources.cpus:
+            import torch
+
+            torch.set_num_threads(resources.cpus)
         started = time.monotonic()
         job = Job(out=work.out, scratch=work.scratch, reporter=reporter, resources=resources)
         result = function(config, **inputs, **(extras or {}), job=job)

@@ -1,13 +1,14 @@
 """Artifacts: directories with one record beside their bytes, found by what they are and published atomically.
 
 `fingerprint` says what identity is, `record` what is written down, `store` how artifacts are found, checked and
-published, `lock` who may write, `job` what a stage is handed.
+published, `lock` who may write, `job` what a stage is handed, `run` what happened in one run of a lifecycle.
 """
 
 from moestro.artifacts.fingerprint import canonical_json, content_fingerprint, file_digest, fingerprint
 from moestro.artifacts.job import Job, Reporter, SilentReporter
 from moestro.artifacts.lock import exclusive
 from moestro.artifacts.record import RECORD_NAME, FileEntry, Input, Record
+from moestro.artifacts.run import LifecycleRun, Status, StepRun, read_runs
 from moestro.artifacts.store import Artifact, ArtifactStore, WorkFolder, digest_files, verify
 
 __all__ = [
@@ -17,9 +18,12 @@ __all__ = [
     "FileEntry",
     "Input",
     "Job",
+    "LifecycleRun",
     "Record",
     "Reporter",
     "SilentReporter",
+    "Status",
+    "StepRun",
     "WorkFolder",
     "canonical_json",
     "content_fingerprint",
@@ -27,5 +31,6 @@ __all__ = [
     "exclusive",
     "file_digest",
     "fingerprint",
+    "read_runs",
     "verify",
 ]
