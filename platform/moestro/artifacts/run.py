@@ -1,4 +1,4 @@
-"""`LifecycleRun`: what happened in one run of a lifecycle, as a JSON file; the database and MLflow are indexes over it."""
+"""`LifecycleRun`: what happened in one run of a lifecycle, in one JSON file; database and MLflow are indexes over it."""
 
 import os
 from collections.abc import Iterator
