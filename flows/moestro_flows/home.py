@@ -1,4 +1,4 @@
-"""`Home`: the one folder everything of Moestro's lies under, and the environment that keeps its parts there, quiet and offline.
+"""`Home`: the one folder everything of Moestro's lies under, and the environment that keeps its parts there and quiet.
 
     artifacts/ work/   the artifact store        runs/        one JSON record per lifecycle run
     registry.db        the SQLAlchemy registry   mlflow.db, mlflow/   MLflow's store and files
@@ -50,6 +50,11 @@ class Home:
         return self.path / "run.lock"
 
     @property
+    def ray_address(self) -> str | None:
+        """The Ray cluster to use; None starts one in place."""
+        return os.environ.get("RAY_ADDRESS")
+
+    @property
     def database_url(self) -> str:
         """SQLAlchemy URL of the registry."""
         return os.environ.get("MOESTRO_DATABASE_URL") or f"sqlite:///{self.path / 'registry.db'}"
@@ -82,7 +87,7 @@ class Home:
             "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
-            "PREFECT_LOGGING_LEVEL": "ERROR",
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
             "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
             "DO_NOT_TRACK": "true",
             "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -51,3 +51,10 @@ class GateError(MoestroError):
 
 class TrainingError(MoestroError):
     """Training cannot go on: a loss or reward that is not finite. Names step and batch."""
+
+
+class StoppedError(MoestroError):
+    """A step was stopped because the run was cancelled or another step failed. It resumes with the next run."""
+
+    def __init__(self, message: str = "Stopped.", *, hint: str = "Run the same command again: it resumes.") -> None:
+        super().__init__(message, hint=hint)

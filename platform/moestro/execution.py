@@ -1,56 +1,81 @@
 """Running one stage against a store: find its result, or make and publish it. Knows no orchestrator."""
 
 import importlib.metadata
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moestro.artifacts import Artifact, ArtifactStore, Input, Job, Record, Reporter, digest_files
+from moestro.artifacts import Artifact, ArtifactStore, Input, Job, Record, Reporter, SilentReporter, digest_files
 from moestro.config import Config, Resources
-from moestro.stages import STAGES, Inputs, flatten, identify, source_fingerprints
+from moestro.stages import STAGES, flatten, identify, in_order, source_fingerprints
 
 
-def run_stage(
+@dataclass(frozen=True)
+class Step:
+    """A stage with its config and inputs: what is to be made, whether or not it exists yet.
+
+    `inputs` maps the stage's input names to artifacts, or to mappings of them; anything with a `stage` and a
+    `fingerprint` will do for `identity`.
+    """
+
+    stage: str
+    config: Config
+    inputs: Mapping[str, Any]
+
+    def roles(self) -> dict[str, Input]:
+        """Everything the result depends on besides the config, by role. Reads material from outside the store."""
+        made = {
+            role: Input(stage=item.stage, fingerprint=item.fingerprint) for role, item in flatten(self.inputs).items()
+        }
+        outside = source_fingerprints(self.stage, self.config)
+        return made | {role: Input(stage="files", fingerprint=value) for role, value in outside.items()}
+
+    def identity(self, roles: Mapping[str, Input]) -> str:
+        """The result's fingerprint."""
+        return identify(self.stage, self.config, {role: item.fingerprint for role, item in roles.items()})
+
+
+def find_step(store: ArtifactStore, step: Step) -> Artifact | None:
+    """The published, verified artifact of `step`, if there is one."""
+    return store.find(step.stage, step.identity(step.roles()))
+
+
+def run_step(
     store: ArtifactStore,
-    stage: str,
-    config: Config,
-    inputs: Inputs,
+    step: Step,
     *,
-    reporter: Reporter,
     resources: Resources,
+    reporter: Reporter | None = None,
     extras: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """The artifact of `stage` for `config` and `inputs`: the published one if there is one, else made now.
+    """The artifact of `step`: the published one if there is one, else made now.
 
     `extras` are handed to the stage's function beside its inputs (the rollout engine) and never enter identity.
     Raises what the stage raises; then nothing is published and the next call resumes from its scratch.
     """
-    roles = {role: Input(stage=item.stage, fingerprint=item.fingerprint) for role, item in flatten(inputs).items()}
-    sources = source_fingerprints(stage, config)
-    roles |= {role: Input(stage="files", fingerprint=value) for role, value in sources.items()}
-    identity = identify(stage, config, {role: item.fingerprint for role, item in roles.items()})
-    if found := store.find(stage, identity):
+    roles = step.roles()
+    identity = step.identity(roles)
+    if found := store.find(step.stage, identity):
         return found
-    function = STAGES[stage].load()
-    with store.work(stage, identity) as work:
-        if found := store.find(stage, identity):
+    function = STAGES[step.stage].load()
+    _use_threads(resources.cpus)
+    with store.work(step.stage, identity) as work:
+        if found := store.find(step.stage, identity):
             return found
-        if resources.cpus:
-            import torch
-
-            torch.set_num_threads(resources.cpus)
         started = time.monotonic()
-        job = Job(out=work.out, scratch=work.scratch, reporter=reporter, resources=resources)
-        result = function(config, **inputs, **(extras or {}), job=job)
+        job = Job(out=work.out, scratch=work.scratch, reporter=reporter or SilentReporter(), resources=resources)
+        result = function(step.config, **in_order(step.inputs), **(extras or {}), job=job)
         record = Record(
-            stage=stage,
-            version=STAGES[stage].version,
+            stage=step.stage,
+            version=STAGES[step.stage].version,
             fingerprint=identity,
             inputs=roles,
-            config=config.model_dump(mode="json"),
+            config=step.config.model_dump(mode="json"),
             result=result,
             files=digest_files(work.out),
             code_version=code_version(),
@@ -60,13 +85,20 @@ def run_stage(
         return store.publish(work, record)
 
 
+def _use_threads(count: int | None) -> None:
+    if count is None:
+        return
+    import torch
+
+    torch.set_num_threads(count)
+
+
 def code_version() -> str:
     """Moestro's version, with the commit when it runs from a git checkout."""
     version = importlib.metadata.version("moestro")
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return version
-    commit = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{version}+{commit.stdout.strip()}" if commit.returncode == 0 else version

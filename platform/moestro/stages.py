@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moestro import config
-from moestro.artifacts import Artifact, fingerprint
-
-Inputs = Mapping[str, Artifact | Mapping[str, Artifact]]
+from moestro.artifacts import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +93,13 @@ def flatten(inputs: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[role] = value
     return flat
+
+
+def in_order(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` with every mapping sorted by name: order is no part of identity, so no stage may see another one."""
+    return {
+        role: dict(sorted(value.items())) if isinstance(value, Mapping) else value for role, value in inputs.items()
+    }
 
 
 def source_fingerprints(stage: str, stage_config: config.Config) -> dict[str, str]:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from moestro.config.base import Config
 
 CHUNK = 1 << 20
 
 
 def canonical_json(value: Any) -> str:
-    """`value` as JSON with sorted keys and no white space.
+    """`value` as JSON with sorted keys and no white space; of a config, what is identity.
 
     Raises `TypeError` for anything without a stable identity: functions, objects, paths, sets, NaN.
     """
@@ -21,8 +21,8 @@ def canonical_json(value: Any) -> str:
 
 
 def _stable(value: Any, where: str) -> Any:
-    if isinstance(value, BaseModel):
-        return _stable(value.model_dump(mode="json"), where)
+    if isinstance(value, Config):
+        return _stable(value.identity(), where)
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

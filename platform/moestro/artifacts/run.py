@@ -1,4 +1,4 @@
-"""`LifecycleRun`: what happened in one run of a lifecycle, in one JSON file; database and MLflow are indexes over it."""
+"""`LifecycleRun`: one run of a lifecycle as one JSON file; database and MLflow are indexes over it."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from moestro.artifacts.store import disk_space_errors
 from moestro.config.base import Config
+from moestro.errors import ArtifactError
 
 Status = Literal["running", "completed", "failed", "cancelled"]
 
@@ -58,13 +62,20 @@ class LifecycleRun(Config):
 
     def write(self, folder: Path) -> None:
         """Write `<id>.json` into `folder` in one atomic step."""
-        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{self.id}.{os.getpid()}.tmp"
-        temporary.write_text(self.model_dump_json(indent=2) + "\n")
-        temporary.replace(folder / f"{self.id}.json")
+        with disk_space_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(self.model_dump_json(indent=2) + "\n")
+            temporary.replace(folder / f"{self.id}.json")
 
 
 def read_runs(folder: Path) -> Iterator[LifecycleRun]:
-    """Every run recorded in `folder`, oldest first."""
+    """Every run recorded in `folder`, oldest first; raises `ArtifactError` naming a file that is not readable."""
     for path in sorted(folder.glob("*.json")):
-        yield LifecycleRun.model_validate_json(path.read_bytes())
+        try:
+            yield LifecycleRun.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise ArtifactError(
+                f"{path} is not a readable run record ({error.error_count()} errors).",
+                hint="Delete it: the artifacts of that run are not affected.",
+            ) from None

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from moestro.artifacts.fingerprint import content_fingerprint, file_digest
 from moestro.artifacts.lock import exclusive
 from moestro.artifacts.record import RECORD_NAME, FileEntry, Record
@@ -108,14 +110,16 @@ class ArtifactStore:
         Raises `BusyError` if another process is making the same artifact.
         """
         folder = self.root / "work" / stage / fingerprint[:DIGITS]
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.with_suffix(".lock"), what=f"{stage} {fingerprint[:DIGITS]}"):
-            out = folder / "out"
-            shutil.rmtree(out, ignore_errors=True)
-            (folder / "scratch").mkdir(parents=True, exist_ok=True)
+        out, scratch = folder / "out", folder / "scratch"
+        with (
+            disk_space_errors(folder),
+            exclusive(folder.with_suffix(".lock"), what=f"{stage} {fingerprint[:DIGITS]}"),
+        ):
+            if out.exists():
+                shutil.rmtree(out)
+            scratch.mkdir(parents=True, exist_ok=True)
             out.mkdir()
-            with disk_space_errors(folder):
-                yield WorkFolder(out, folder / "scratch")
+            yield WorkFolder(out, scratch)
 
     def publish(self, work: WorkFolder, record: Record) -> Artifact:
         """Write the record, make everything durable, and move the work into place in one atomic step."""
@@ -123,7 +127,7 @@ class ArtifactStore:
         with disk_space_errors(work.out):
             target.parent.mkdir(parents=True, exist_ok=True)
             (work.out / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n")
-            for path in all_files(work.out):
+            for path in [*work.out.rglob("*"), work.out]:
                 _sync(path)
             work.out.replace(target)
             _sync(target.parent)
@@ -158,17 +162,25 @@ def verify(folder: Path, record: Record) -> None:
 
 @contextmanager
 def disk_space_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk into one readable error."""
+    """Turn a full disk into one readable error, whichever library met it."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        existing = next(folder for folder in [where, *where.absolute().parents] if folder.exists())
+        free = shutil.disk_usage(existing).free
+        if not _means_full_disk(error) and free > 0:
             raise
-        free = shutil.disk_usage(where if where.exists() else where.parent).free
         raise ResourceError(
             f"No space left on the disk that holds {where} ({free / 1e6:.0f} MB free).",
             hint="Free some or point MOESTRO_HOME elsewhere, then run the same command again: it resumes.",
-        ) from None
+        ) from error
+
+
+def _means_full_disk(error: Exception) -> bool:
+    """Only Python's own writes carry an errno; safetensors (Rust) and torch (C++) tell it in their message alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"os error {errno.ENOSPC}" in str(error) or "inline_container.cc" in str(error)
 
 
 def _sync(path: Path) -> None:

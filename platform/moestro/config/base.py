@@ -15,7 +15,9 @@ EXECUTION = _Execution()
 class Config(BaseModel):
     """A configuration object. Unknown fields are refused, defaults are validated, instances never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result, as JSON values: all but those annotated with `EXECUTION`."""

@@ -87,7 +87,7 @@ class DataConfig(Config):
     """The corpora of a lifecycle."""
 
     domains: tuple[DomainConfig, ...] = Field(min_length=1)
-    """The domains, in the order in which their experts will stand."""
+    """The domains. Their order means nothing: experts stand in the order of the domains' names."""
     split: SplitConfig = SplitConfig()
     """How each is divided into training and held-out documents."""
 

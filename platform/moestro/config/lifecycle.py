@@ -1,8 +1,10 @@
 """`LifecycleConfig`: the whole walk in one object, and `Resources`, which says where and with how much it runs."""
 
+from typing import Annotated, Literal
+
 from pydantic import Field, model_validator
 
-from moestro.config.base import Config
+from moestro.config.base import EXECUTION, Config
 from moestro.config.data import DataConfig, DomainName, TokensConfig
 from moestro.config.stages import (
     BranchConfig,
@@ -34,7 +36,7 @@ class BranchesConfig(Config):
 
     training: TrainingConfig
     """The training run of each branch."""
-    trainable: str = Field("ffn", pattern="^(all|ffn)$")
+    trainable: Literal["all", "ffn"] = "ffn"
     """Which weights train: `all` or `ffn`."""
     overrides: dict[DomainName, TrainingConfig] = Field(default_factory=dict)
     """Another training run for the named domains."""
@@ -43,7 +45,7 @@ class BranchesConfig(Config):
 class LifecycleConfig(Config):
     """One lifecycle, from seed to deployment. A stage that is left out is not run, nor are those that need it."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    name: Annotated[str, EXECUTION] = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     """Name of the lifecycle: names runs in Prefect and MLflow. Not identity."""
     data: DataConfig
     """The domains."""
@@ -67,7 +69,7 @@ class LifecycleConfig(Config):
     """Measured after every stage."""
     profile: ProfileConfig = ProfileConfig()
     """Measured after every stage whose result is an MoE."""
-    resources: Resources = Resources()
+    resources: Annotated[Resources, EXECUTION] = Resources()
     """Where and with how much it runs; not identity."""
 
     def branch_configs(self) -> dict[str, BranchConfig]:
@@ -99,5 +101,17 @@ class LifecycleConfig(Config):
             raise ValueError(
                 f"compress.num_experts: must lie between mix.num_experts_per_tok ({self.mix.num_experts_per_tok}) "
                 f"and the {experts} experts of the mix"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _served_length_fits(self) -> "LifecycleConfig":
+        if self.deploy is None or self.seed.type == "import":
+            return self
+        longest = self.seed.model.max_position_embeddings
+        if self.deploy.max_model_len > longest:
+            raise ValueError(
+                f"deploy.max_model_len: {self.deploy.max_model_len} is longer than "
+                f"seed.model.max_position_embeddings ({longest})"
             )
         return self

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -11,6 +11,18 @@ from moestro.config.lifecycle import LifecycleConfig
 from moestro.errors import ConfigError
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but a key that stands twice in one mapping is an error, not silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep=deep)
 
 
 def read_yaml(path: Path) -> Any:
@@ -22,7 +34,7 @@ def read_yaml(path: Path) -> Any:
     except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
         raise ConfigError(f"{path}: not a readable YAML file ({error}).") from None
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -45,7 +57,7 @@ def _explain(kind: Any, data: Any, item: dict[str, Any]) -> str:
     location = ".".join(str(part) for part in _without_tags(data, item["loc"])) or "(top level)"
     if item["type"] == "extra_forbidden":
         name = str(item["loc"][-1])
-        near = difflib.get_close_matches(name, sorted(_field_names(kind)), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, sorted(_field_names(kind, item["loc"][:-1])), n=1, cutoff=0.6)
         return f"{location}: unknown field" + (f", did you mean {near[0]!r}?" if near else "")
     if item["type"] == "missing":
         return f"{location}: required field is missing"
@@ -69,17 +81,21 @@ def _without_tags(data: Any, location: tuple[Any, ...]) -> list[Any]:
     return path
 
 
-def _field_names(kind: Any, seen: set[Any] | None = None) -> set[str]:
-    """All field names in `kind` and the configs it holds."""
-    seen = set() if seen is None else seen
-    names: set[str] = set()
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        if kind in seen:
-            return names
-        seen.add(kind)
-        for name, field in kind.model_fields.items():
-            names.add(name)
-            names |= _field_names(field.annotation, seen)
-    for argument in getattr(kind, "__args__", ()):
-        names |= _field_names(argument, seen)
-    return names
+def _field_names(kind: Any, location: tuple[Any, ...]) -> set[str]:
+    """Names of the fields that may stand at `location` (a validation error's path, union tags included)."""
+    kinds = _configs(kind)
+    for part in location:
+        tagged = [one for one in kinds if "type" in one.model_fields and one.model_fields["type"].default == part]
+        held = [one.model_fields[part].annotation for one in kinds if part in one.model_fields]
+        if tagged:
+            kinds = tagged
+        elif held:
+            kinds = [config for annotation in held for config in _configs(annotation)]
+    return {name for config in kinds for name in config.model_fields}
+
+
+def _configs(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes an annotation names itself: not those that are fields of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [config for argument in get_args(annotation) for config in _configs(argument)]

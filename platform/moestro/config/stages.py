@@ -29,6 +29,16 @@ class ModelConfig(Config):
     tie_word_embeddings: bool = True
     """Share the embedding with the output head."""
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ModelConfig":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads: {self.num_attention_heads} does not divide {self.hidden_size}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: {self.num_key_value_heads} does not divide {self.num_attention_heads}"
+            )
+        return self
+
 
 class PretrainSeed(Config):
     """Pre-train a small seed on a mix of all domains."""
@@ -38,6 +48,15 @@ class PretrainSeed(Config):
     """The model's shape."""
     training: TrainingConfig
     """The training run."""
+
+    @model_validator(mode="after")
+    def _sequences_fit(self) -> "PretrainSeed":
+        if self.training.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"training.sequence_length: {self.training.sequence_length} is longer than "
+                f"model.max_position_embeddings ({self.model.max_position_embeddings})"
+            )
+        return self
 
 
 class ImportSeed(Config):

@@ -1,10 +1,10 @@
 """Configs of what seed, branch and tune share: the optimiser, its schedule, and the batch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from moestro.config.base import Config
+from moestro.config.base import EXECUTION, Config
 
 
 class OptimizerConfig(Config):
@@ -41,9 +41,15 @@ class TrainingConfig(Config):
     """Type of the forward and backward computation; weights and optimiser stay in float32."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser."""
-    checkpoint_every: int = Field(50, ge=1)
-    """Steps between resumable training checkpoints."""
+    checkpoint_every: Annotated[int, EXECUTION] = Field(50, ge=1)
+    """Steps between resumable training checkpoints. Not identity: resuming is the same as running."""
     log_every: int = Field(10, ge=1)
     """Steps between logged metrics."""
     seed: int = 0
     """Seeds initialisation and the order of data."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "TrainingConfig":
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation: {self.accumulation} does not divide batch_size ({self.batch_size})")
+        return self

@@ -1,0 +1,199 @@
+"""`Session`: one run of a lifecycle; brings store, cluster, MLflow and registry together around each step."""
+
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from moestro.artifacts import Artifact, LifecycleRun, Record, StepRun, exclusive
+from moestro.cluster import Cluster
+from moestro.config import LifecycleConfig, Resources
+from moestro.errors import ResourceError, StoppedError
+from moestro.execution import Step, find_step, run_step
+from moestro.stages import STAGES
+from moestro_flows.events import LISTENER, Listener
+from moestro_flows.home import Home
+from moestro_flows.plan import Plan
+from moestro_flows.tracking import TrackedStep, Tracking
+
+MIN_FREE_BYTES = 500_000_000
+
+
+@dataclass
+class Session:
+    """A running lifecycle. Steps may be performed from several threads."""
+
+    home: Home
+    config: LifecycleConfig
+    run: LifecycleRun
+    cluster: Cluster
+    tracking: Tracking
+    listener: Listener
+    failure: BaseException | None = None
+    _started: float = field(default_factory=time.monotonic)
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _record: threading.Lock = field(default_factory=threading.Lock)
+    _local: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    @contextmanager
+    def open(cls, home: Home, config: LifecycleConfig) -> Iterator["Session"]:
+        """Check the inputs, take the home for this run and begin it; close everything at the end, whatever happened.
+
+        Raises `BusyError` if another run has the home, `InputError` for material that is missing.
+        """
+        home.prepare()
+        with exclusive(home.lock, what=f"The home {home.path}"):
+            check_disk(home)
+            plan = Plan.of(config, home.store)
+            now = datetime.now(UTC)
+            run = LifecycleRun(
+                id=f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+                name=config.name,
+                status="running",
+                config=config.model_dump(mode="json"),
+                started_at=now,
+            )
+            tracking = Tracking.open(home, run, [(step.name, step.action) for step in plan.steps])
+            run = run.model_copy(update={"mlflow_run_id": tracking.run_id})
+            cluster = Cluster(home.ray_address, cpus=config.resources.cpus)
+            session = cls(home, config, run, cluster, tracking, LISTENER.get())
+            session.listener.planned(run, [step.name for step in plan.steps])
+            run.write(home.runs)
+            try:
+                yield session
+            except KeyboardInterrupt:
+                session._end("cancelled")
+                raise
+            except BaseException:
+                session._end("failed")
+                raise
+            finally:
+                session._stopped.set()
+                cluster.shutdown()
+
+    def perform(self, name: str, step: Step) -> tuple[StepRun, Artifact]:
+        """Run one step, or reuse its artifact, and write down what happened."""
+        if self._stopped.is_set():
+            raise StoppedError
+        begun, started_at = time.monotonic(), datetime.now(UTC)
+        self.listener.started(name)
+        artifact = find_step(self.home.store, step)
+        reused = artifact is not None
+        fingerprint = artifact.fingerprint if artifact else step.identity(step.roles())
+        with self.tracking.step(name, step, fingerprint, reused=reused) as tracked:
+            try:
+                artifact = artifact or self._make(name, step, tracked)
+            except BaseException as error:
+                self._fail(error)
+                self._note(name, step.stage, fingerprint, started_at, begun, tracked.run_id, error=error)
+                raise
+            record = artifact.record
+            tracked.finish(artifact, record)
+            self.tracking.note(name, artifact, record)
+        done = self._note(
+            name, step.stage, fingerprint, started_at, begun, tracked.run_id, reused=reused, record=record
+        )
+        return done, artifact
+
+    def finish(self) -> LifecycleRun:
+        """The run is complete: write it down, draw its figures, register its model."""
+        self._end("completed")
+        return self.run
+
+    def _make(self, name: str, step: Step, tracked: TrackedStep) -> Artifact:
+        reporter = _StepReporter(name, self.listener, tracked, self._stopped)
+        if STAGES[step.stage].on_cluster:
+            resources = self._share(self.config.resources.branch_cpus if step.stage == "branch" else None)
+            return self.cluster.run(
+                self.home.store, step, resources=resources, reporter=reporter, stopped=self._stopped.is_set
+            )
+        resources = self._share(None)
+        extras = {"engine": self.cluster.engine_factory(resources)} if STAGES[step.stage].needs_engine else {}
+        with self._local:
+            if self._stopped.is_set():
+                raise StoppedError
+            return run_step(self.home.store, step, resources=resources, reporter=reporter, extras=extras)
+
+    def _share(self, cpus: int | None) -> Resources:
+        return self.config.resources.model_copy(update={"cpus": cpus or self.cluster.cpus})
+
+    def _note(
+        self,
+        name: str,
+        stage: str,
+        fingerprint: str,
+        started_at: datetime,
+        begun: float,
+        mlflow_run_id: str,
+        *,
+        reused: bool = False,
+        record: Record | None = None,
+        error: BaseException | None = None,
+    ) -> StepRun:
+        stopped = isinstance(error, StoppedError | KeyboardInterrupt)
+        step = StepRun(
+            name=name,
+            stage=stage,
+            fingerprint=fingerprint,
+            status="cancelled" if stopped else "failed" if error else "completed",
+            reused=reused,
+            started_at=started_at,
+            seconds=time.monotonic() - begun,
+            message=str(error or ""),
+            mlflow_run_id=mlflow_run_id,
+        )
+        with self._record:
+            self.run = self.run.model_copy(update={"steps": (*self.run.steps, step)})
+            self.run.write(self.home.runs)
+        self.listener.ended(step, record)
+        return step
+
+    def _fail(self, error: BaseException) -> None:
+        """Remember the first error and stop the other steps: their work is kept, and the user hears at once."""
+        with self._record:
+            if self.failure is None and not self._stopped.is_set():
+                self.failure = error
+        self._stopped.set()
+
+    def _end(self, status: Any) -> None:
+        with self._record:
+            if self.run.status != "running":
+                return
+            self.run = self.run.model_copy(update={"status": status, "seconds": time.monotonic() - self._started})
+            self.run.write(self.home.runs)
+        deploy = self.config.deploy
+        self.tracking.finish(self.run, model_name=deploy.name if deploy else None)
+
+
+class _StepReporter:
+    """Passes what a stage reports to the listener and to MLflow; a stopped session interrupts the stage here."""
+
+    def __init__(self, name: str, listener: Listener, tracked: TrackedStep, stopped: threading.Event) -> None:
+        self.name = name
+        self.listener = listener
+        self.tracked = tracked
+        self.stopped = stopped
+
+    def progress(self, done: int, total: int, message: str = "") -> None:
+        if self.stopped.is_set():
+            raise StoppedError
+        self.listener.progress(self.name, done, total, message)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.tracked.metrics(values, step)
+
+
+def check_disk(home: Home) -> None:
+    """Raise `ResourceError` if the home's disk is nearly full."""
+    free = shutil.disk_usage(home.path).free
+    if free < MIN_FREE_BYTES:
+        raise ResourceError(
+            f"Only {free / 1e6:.0f} MB are free on the disk of {home.path}; a run needs {MIN_FREE_BYTES / 1e6:.0f} MB.",
+            hint="Free some, or point MOESTRO_HOME elsewhere.",
+        )

@@ -1,0 +1,76 @@
+"""The one place where a stage meets Prefect: the lifecycle as a flow, each step as a task.
+
+Prefect sees what runs, waits, fails and is reused; it neither caches nor persists results: the artifact store does.
+A step is a task, not a sub-flow, since a synchronous sub-flow costs about a second (docs/adr/0007). Steps that do
+not depend on one another run side by side.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from moestro.artifacts import Artifact
+from moestro.config import Config, load_lifecycle
+from moestro.execution import Step
+from moestro_flows.home import Home
+from moestro_flows.lifecycle import walk
+from moestro_flows.server import remember_server
+from moestro_flows.session import Session
+from moestro_flows.summary import figures, rows
+
+Home.current().prepare()  # Prefect reads its settings once, when it is imported
+
+from prefect import flow, task  # noqa: E402
+from prefect.artifacts import create_markdown_artifact, create_table_artifact  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.futures import PrefectFuture  # noqa: E402
+from prefect.states import Completed, State  # noqa: E402
+
+
+@flow(name="lifecycle", flow_run_name="{name}", validate_parameters=False)
+def lifecycle(config_path: str, name: str = "lifecycle") -> str:  # noqa: ARG001  (`name` names the flow run)
+    """Run the lifecycle that the YAML file describes; returns the run's id, under which its record lies in the home."""
+    home = Home.current()
+    remember_server(home)
+    with Session.open(home, load_lifecycle(Path(config_path))) as session:
+        futures: list[PrefectFuture[Any]] = []
+
+        def submit(name: str, stage: str, config: Config, **inputs: Any) -> PrefectFuture[Any]:
+            futures.append(_task(session, name, stage, config).submit(inputs))
+            return futures[-1]
+
+        walk(session.config, submit)
+        _wait(session, futures)
+        run = session.finish()
+        create_table_artifact(rows(run, home.store), key="summary", description=f"Steps of {run.name}")
+    return run.id
+
+
+def _wait(session: Session, futures: list[PrefectFuture[Any]]) -> None:
+    """Wait for all steps; raises the error of the step that failed first, not those of the steps it stopped."""
+    for future in futures:
+        future.wait()
+        if session.failure is not None:
+            raise session.failure
+        future.result()
+
+
+def _task(session: Session, name: str, stage: str, config: Config) -> Any:
+    """The Prefect task for one step."""
+
+    @task(name=stage, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
+    def perform(inputs: dict[str, Any]) -> State[Artifact]:
+        step, artifact = session.perform(name, Step(stage, config, inputs))
+        if not step.reused:
+            create_markdown_artifact(_page(artifact, step.mlflow_run_id), key=f"{stage}-{artifact.fingerprint[:16]}")
+        return Completed(name="Reused" if step.reused else "Completed", data=artifact)
+
+    return perform
+
+
+def _page(artifact: Artifact, mlflow_run_id: str) -> str:
+    """What Prefect shows of a step's artifact."""
+    record = artifact.record
+    lines = [f"**{artifact.stage}** `{artifact.fingerprint[:16]}`", "", figures(record), "", f"`{artifact.path}`"]
+    return "\n".join(
+        [*lines, "", f"MLflow run `{mlflow_run_id}`", "", f"{record.size / 1e6:.1f} MB, {record.seconds:.1f} s"]
+    )

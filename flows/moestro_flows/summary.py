@@ -1,0 +1,66 @@
+"""A lifecycle run as a table: one row a step with its time, key figures and artifact."""
+
+from typing import Any
+
+from moestro.artifacts import ArtifactStore, LifecycleRun, Record, StepRun
+
+
+def rows(run: LifecycleRun, store: ArtifactStore) -> list[dict[str, Any]]:
+    """One row for each step that ended, in that order."""
+    return [row(step, _record(step, store)) for step in run.steps]
+
+
+def row(step: StepRun, record: Record | None) -> dict[str, Any]:
+    """One row: `step`, `time` (of the work, also when it is reused), `figures`, `artifact`."""
+    work = record.seconds if record else step.seconds
+    return {
+        "step": step.name,
+        "status": "reused" if step.reused else step.status,
+        "seconds": round(work, 1),
+        "figures": figures(record) if record else step.message,
+        "size_mb": round(record.size / 1e6, 2) if record else 0.0,
+        "artifact": f"{step.stage}/{step.fingerprint[:16]}",
+    }
+
+
+def figures(record: Record) -> str:
+    """The stage's key figures in a few words."""
+    result = record.result
+    show = SHOWN.get(record.stage, ())
+    parts = [f"{label} {_number(result[key])}" for key, label in show if result.get(key) is not None]
+    if record.stage == "evaluate":
+        losses = [f"{domain} {loss:.3f}" for domain, loss in result["held_out_loss"].items()]
+        parts = [f"loss {', '.join(losses)}", *parts]
+    if record.stage == "profile":
+        own = [f"{domain} {share:.2f}x" for domain, share in result["specialisation"].items()]
+        parts = [f"own expert {', '.join(own)}", *parts]
+    return "; ".join(parts)
+
+
+SHOWN: dict[str, tuple[tuple[str, str], ...]] = {
+    "corpus": (("documents", "documents"), ("held_out_documents", "held out")),
+    "tokens": (("tokens", "tokens"), ("held_out_tokens", "held out")),
+    "seed": (("parameters", "parameters"), ("final_loss", "loss"), ("tokens_per_second", "tokens/s")),
+    "branch": (("final_loss", "loss"), ("tokens_per_second", "tokens/s")),
+    "mix": (("experts", "experts"), ("parameters", "parameters")),
+    "tune": (("final_loss", "loss"), ("tokens_per_second", "tokens/s")),
+    "rl": (("reward_first", "reward"), ("reward_last", "to"), ("k3", "k3")),
+    "compress": (("parameters_before", "parameters"), ("parameters", "to")),
+    "evaluate": (("task_accuracy", "accuracy"),),
+    "profile": (("dead_experts", "dead experts"),),
+    "deploy": (("max_logprob_difference", "max |dlogp|"), ("routing_agreement", "routes equal")),
+}
+"""Which figures of a stage's result stand in its row, with their labels."""
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def _record(step: StepRun, store: ArtifactStore) -> Record | None:
+    folder = store.folder(step.stage, step.fingerprint)
+    return Record.read(folder) if (folder / "artifact.json").exists() else None

@@ -1,0 +1,130 @@
+"""`Tracking`: a lifecycle run in MLflow and in the registry, both of them indexes over what the records say.
+
+One parent run in MLflow per lifecycle run, and a nested one for each step that does work; reused steps keep the run
+of the time when they were made.
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moestro import figures
+from moestro.artifacts import Artifact, LifecycleRun, Record
+from moestro.execution import Step
+from moestro.registry import Registry, TrackedRun, Tracker
+from moestro_flows.home import Home
+
+EXPERIMENT = "moestro"
+
+
+class TrackedStep:
+    """One step: metrics go to MLflow, the artifact to MLflow and the registry. A reused step has no run id."""
+
+    def __init__(self, run: TrackedRun | None, registry: Registry, lock: threading.Lock) -> None:
+        self._run = run
+        self._registry = registry
+        self._lock = lock
+        self.run_id = run.id if run else ""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Named figures at a step."""
+        if self._run:
+            with self._lock:
+                self._run.metrics(values, step)
+
+    def finish(self, artifact: Artifact, record: Record) -> None:
+        """Index the artifact; write its record, final figures and plots to its MLflow run."""
+        with self._lock:
+            self._registry.index_artifact(artifact.path, record)
+            if self._run:
+                self._run.log_record(record)
+                for name, figure in step_figures(artifact).items():
+                    self._run.log_figure(name, figure)
+
+
+class Tracking:
+    """The indexes of one lifecycle run."""
+
+    def __init__(self, tracker: Tracker, registry: Registry, run: TrackedRun) -> None:
+        self._tracker = tracker
+        self._registry = registry
+        self._run = run
+        self._lock = threading.Lock()
+        self._final: tuple[Artifact, Record] | None = None
+        self._evaluations: dict[str, dict[str, float]] = {}
+        self.run_id = run.id
+
+    @classmethod
+    def open(cls, home: Home, run: LifecycleRun, steps: Sequence[tuple[str, str]]) -> "Tracking":
+        """Prepare the databases and start the parent run. `steps` are the planned steps' names and actions."""
+        registry = Registry.connect(home.database_url)
+        tracker = Tracker(home.mlflow_uri, home.mlflow_files)
+        tracker.prepare()
+        tracker.reconcile(live=())
+        tags = {"moestro.run": run.id, "moestro.home": str(home.path)}
+        tracked = tracker.start(run.name, parent=None, params=run.config, tags=tags)
+        registry.index_run(run)
+        for name, action in steps:
+            if action == "reuse":
+                tracked.tag(f"reused.{name.replace(' ', '.')}", "true")
+        return cls(tracker, registry, tracked)
+
+    @contextmanager
+    def step(self, name: str, step: Step, fingerprint: str, *, reused: bool) -> Iterator[TrackedStep]:
+        """Track one step; its MLflow run ends as what happened to it."""
+        run = None
+        if not reused:
+            tags = {"moestro.stage": step.stage, "moestro.fingerprint": fingerprint}
+            params = step.config.model_dump(mode="json")
+            with self._lock:
+                run = self._tracker.start(name, parent=self.run_id, params=params, tags=tags)
+        try:
+            yield TrackedStep(run, self._registry, self._lock)
+        except BaseException as error:
+            if run:
+                with self._lock:
+                    run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        if run:
+            with self._lock:
+                run.finish("FINISHED")
+
+    def note(self, name: str, artifact: Artifact, record: Record) -> None:
+        """Remember what the parent run shows at the end: held-out losses by stage, and the last checkpoint."""
+        with self._lock:
+            if record.stage == "evaluate":
+                self._evaluations[name.removeprefix("evaluate ")] = record.result["held_out_loss"]
+            if (artifact.path / "config.json").exists():
+                self._final = (artifact, record)
+
+    def finish(self, run: LifecycleRun, *, model_name: str | None) -> None:
+        """End the parent run. A completed one shows its figures and registers its final checkpoint as @champion."""
+        with self._lock:
+            self._registry.index_run(run)
+            if run.status == "completed":
+                if self._evaluations:
+                    self._run.log_figure("held_out_loss", figures.held_out_loss(self._evaluations))
+                if model_name and self._final:
+                    self._tracker.register(model_name, self._final[0], run_id=self.run_id, alias="champion")
+            states = {"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
+            self._run.finish(states[run.status])
+
+
+def step_figures(artifact: Artifact) -> dict[str, Any]:
+    """The plots of one step, by name."""
+    history = artifact.path / "history.json"
+    if artifact.stage == "rl":
+        return {"reward": figures.reward_curve(_steps(history))}
+    if history.exists():
+        return {"loss": figures.loss_curves({artifact.stage: _steps(history)})}
+    if artifact.stage == "profile":
+        return {"expert_by_domain": figures.expert_heatmap(artifact.path)}
+    return {}
+
+
+def _steps(history: Path) -> list[dict[str, float]]:
+    steps: list[dict[str, float]] = json.loads(history.read_text())["steps"]
+    return steps

@@ -1,0 +1,125 @@
+"""`moestro run` and `moestro plan`: a lifecycle, or what running it would do."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.table import Table
+
+from moestro.artifacts import Artifact, LifecycleRun, read_runs
+from moestro.config import LifecycleConfig, load_lifecycle
+from moestro_flows.home import Home
+from moestro_services.cli.output import Json, emit
+from moestro_services.cli.progress import LiveProgress
+
+Config = Annotated[Path, typer.Argument(help="The lifecycle's YAML file.", show_default=False)]
+
+
+def run(
+    config: Config,
+    ask: Annotated[
+        bool, typer.Option(help="At the end, serve the model and ask it the config's sample prompt.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Run a lifecycle: what is there already is reused, what was interrupted resumes."""
+    loaded = load_lifecycle(config)
+    home = Home.current()
+    home.prepare()
+    console = Console(stderr=True)
+    with _terminate_like_interrupt(), LiveProgress(console).listening():
+        from moestro_flows.stages import lifecycle
+
+        lifecycle_run = _record(home, lifecycle(str(config), name=loaded.name))
+        answer = _ask(home, loaded, lifecycle_run, console) if ask and loaded.deploy else None
+    from moestro_flows.summary import rows
+
+    table = rows(lifecycle_run, home.store)
+    data = {"run": lifecycle_run.id, "seconds": round(lifecycle_run.seconds, 1), "steps": table, "answer": answer}
+    emit(data, lambda: Group(*_render(loaded, lifecycle_run, table, answer)), json=json)
+
+
+def plan(config: Config, json: Json = False) -> None:
+    """Say which steps would run and which are reused, and which field is to blame. Runs nothing."""
+    from moestro_flows.plan import Plan
+
+    steps = Plan.of(load_lifecycle(config), Home.current().store).steps
+    rows = [
+        {
+            "step": step.name,
+            "action": step.action,
+            "reason": step.reason,
+            "artifact": f"{step.stage}/{step.fingerprint[:16]}",
+        }
+        for step in steps
+    ]
+    to_run = sum(step.action == "run" for step in steps)
+    emit({"steps": rows, "run": to_run, "reuse": len(steps) - to_run}, lambda: Group(*_plan_table(rows)), json=json)
+
+
+def _record(home: Home, run_id: str) -> LifecycleRun:
+    return next(found for found in read_runs(home.runs) if found.id == run_id)
+
+
+def _ask(home: Home, config: LifecycleConfig, run: LifecycleRun, console: Console) -> dict[str, Any] | None:
+    """The deployed model's answer to the config's sample prompt, over REST."""
+    from moestro_services.gateway.launch import ask, running_gateway
+
+    assert config.deploy is not None
+    step = next(step for step in run.steps if step.stage == "deploy")
+    if step.reused:
+        return None
+    artifact = home.store.find("deploy", step.fingerprint)
+    assert isinstance(artifact, Artifact)
+    console.print(f"serving {config.deploy.name} to ask it one question ...", style="dim")
+    with running_gateway(home, artifact) as address:
+        reply = ask(address, config.deploy.name, config.deploy.sample_prompt, 16)
+    return {"prompt": config.deploy.sample_prompt, "completion": reply, "endpoint": f"{address}/v1/completions"}
+
+
+def _render(
+    config: LifecycleConfig, run: LifecycleRun, table: list[dict[str, Any]], answer: dict[str, Any] | None
+) -> Iterator[Any]:
+    shown = Table(title=f"{run.name}: {run.seconds:.0f} s", title_justify="left", pad_edge=False)
+    for column in ("step", "time", "figures", "size", "artifact"):
+        shown.add_column(column, justify="right" if column in {"time", "size"} else "left", overflow="fold")
+    for row in table:
+        time = "reused" if row["status"] == "reused" else f"{row['seconds']:.1f} s"
+        shown.add_row(row["step"], time, row["figures"], f"{row['size_mb']:.1f} MB", row["artifact"])
+    yield shown
+    if answer:
+        yield f"\n[bold]{config.deploy.name if config.deploy else ''}[/bold] over REST ({answer['endpoint']}):"
+        yield f"  {answer['prompt']!r} -> {answer['completion']!r}"
+    yield f"\nreport     moestro report {run.id}"
+    yield "MLflow, Prefect and gateway   moestro ui"
+    if config.deploy:
+        yield "serve      moestro serve"
+
+
+def _plan_table(rows: list[dict[str, Any]]) -> Iterator[Any]:
+    shown = Table(pad_edge=False)
+    for column in ("step", "action", "why", "artifact"):
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        style = "dim" if row["action"] == "reuse" else ""
+        shown.add_row(row["step"], row["action"], row["reason"], row["artifact"], style=style)
+    yield shown
+
+
+@contextmanager
+def _terminate_like_interrupt() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: in order, with nothing left behind."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

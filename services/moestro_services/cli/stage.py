@@ -1,0 +1,148 @@
+"""`moestro stage`: one stage alone on given checkpoints, and `moestro eval`: a checkpoint measured."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+
+from moestro.artifacts import Artifact, ArtifactStore
+from moestro.config import Config, EvaluateConfig, Resources, read_yaml, validate
+from moestro.errors import ConfigError, InputError
+from moestro_services.cli.output import Json, emit
+from moestro_services.cli.progress import LiveProgress
+
+
+def stage(
+    name: Annotated[str, typer.Argument(help="corpus, seed, tokens, branch, mix, tune, rl, compress, evaluate, ...")],
+    config: Annotated[Path, typer.Option("--config", help="YAML file with the stage's config, or a whole lifecycle.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.")],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="ROLE=FOLDER, e.g. seed=runs/seed or branches/code=runs/code; repeat for each."),
+    ] = None,
+    domain: Annotated[
+        str, typer.Option("--domain", help="The domain, where a lifecycle has one config per domain.")
+    ] = "",
+    cpus: Annotated[int | None, typer.Option("--cpus", help="Cores to use.", min=1)] = None,
+    json: Json = False,
+) -> None:
+    """Run one stage alone. Inputs are artifacts of Moestro's or any Hugging Face directory."""
+    step_config = _stage_config(name, config, domain)
+    given = _inputs(name, inputs or [])
+    if out.exists():
+        raise InputError(f"{out} exists.", hint="Name a folder that does not.")
+    artifact = _run_alone(name, step_config, given, out, cpus)
+    record = artifact.record
+    data = {"stage": name, "out": str(out), "fingerprint": record.fingerprint, "result": record.result}
+    emit(data, lambda: Group(*_render(data)), json=json)
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint: a Hugging Face directory.")],
+    tokens: Annotated[list[str], typer.Option("--tokens", help="DOMAIN=FOLDER of a tokens artifact; repeat for each.")],
+    task: Annotated[str, typer.Option("--task", help="A reasoning-gym task to answer as well.")] = "",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Held-out tokens per domain.")] = 32_768,
+    json: Json = False,
+) -> None:
+    """Measure a checkpoint: held-out loss per domain, and accuracy on a task."""
+    from tempfile import TemporaryDirectory
+
+    fields: dict[str, Any] = {"max_tokens": max_tokens, "task": {"name": task} if task else None}
+    config = validate(EvaluateConfig, fields, where="moestro eval")
+    given = _inputs("evaluate", [f"model={checkpoint}", *(f"tokens/{item}" for item in tokens)])
+    with TemporaryDirectory() as folder:
+        result = _run_alone("evaluate", config, given, Path(folder) / "evaluation", None).record.result
+    emit(result, lambda: Group(*_render({"result": result})), json=json)
+
+
+def _run_alone(name: str, config: Config, inputs: dict[str, Any], out: Path, cpus: int | None) -> Artifact:
+    """Run in a store of its own beside `out`, so that an interrupted attempt resumes, and move the result to `out`."""
+    from moestro.execution import Step, run_step
+    from moestro.inference.engine import VllmEngine
+    from moestro.stages import STAGES
+
+    store = ArtifactStore(out.parent / f".{out.name}.moestro")
+    listener = LiveProgress(Console(stderr=True))
+    reporter = _Alone(listener, name)
+    extras = {"engine": VllmEngine} if STAGES[name].needs_engine else {}
+    with listener.listening():
+        listener.started(name)
+        artifact = run_step(
+            store, Step(name, config, inputs), resources=Resources(cpus=cpus), reporter=reporter, extras=extras
+        )
+    artifact.path.rename(out)
+    shutil.rmtree(store.root)
+    return Artifact.open(out)
+
+
+class _Alone:
+    """Passes a stage's progress on; metrics stand in its result."""
+
+    def __init__(self, listener: LiveProgress, name: str) -> None:
+        self.listener = listener
+        self.name = name
+
+    def progress(self, done: int, total: int, message: str = "") -> None:
+        self.listener.progress(self.name, done, total, message)
+
+    def metrics(self, values: Any, step: int) -> None:
+        """Stands in the result."""
+
+
+def _stage_config(name: str, path: Path, domain: str) -> Config:
+    """The stage's config from its own file or out of a lifecycle's."""
+    from moestro.config import LifecycleConfig
+    from moestro.stages import STAGES
+
+    if name not in STAGES:
+        raise ConfigError(f"There is no stage {name!r}.", hint=f"Stages are {', '.join(STAGES)}.")
+    data = read_yaml(path)
+    if not isinstance(data, dict) or "domains" not in (data.get("data") or {}):
+        return validate(STAGES[name].config, data, where=str(path))
+    lifecycle = validate(LifecycleConfig, data, where=str(path))
+    per_domain = {"corpus": lifecycle.data.corpus_configs, "branch": lifecycle.branch_configs}
+    if name not in per_domain:
+        found = getattr(lifecycle, name)
+        if found is None:
+            raise ConfigError(f"{path} leaves out the stage {name}.", hint=f"Add a section {name}:")
+        return found  # type: ignore[no-any-return]
+    configs = per_domain[name]()
+    if domain not in configs:
+        raise ConfigError(f"{name} needs --domain, one of {', '.join(configs)}.")
+    return configs[domain]  # type: ignore[return-value]
+
+
+def _inputs(name: str, pairs: list[str]) -> dict[str, Any]:
+    """`role=folder` pairs as the stage's inputs; roles with a slash are collected into mappings."""
+    from moestro.stages import STAGES
+
+    inputs: dict[str, Any] = {}
+    for pair in pairs:
+        role, equals, folder = pair.partition("=")
+        top, slash, key = role.partition("/")
+        if not equals or not folder or top not in STAGES[name].inputs:
+            wanted = ", ".join(STAGES[name].inputs) or "none"
+            raise ConfigError(f"--input {pair}: expected ROLE=FOLDER with a role of {name}: {wanted}.")
+        artifact = Artifact.open(Path(folder))
+        if slash:
+            inputs.setdefault(top, {})[key] = artifact
+        else:
+            inputs[top] = artifact
+    optional = {"corpora"}
+    for role in STAGES[name].inputs:
+        if role in optional:
+            inputs.setdefault(role, {})
+        if role not in inputs:
+            raise ConfigError(
+                f"{name} needs --input {role}=FOLDER (or {role}/NAME=FOLDER where there is one per domain)."
+            )
+    return inputs
+
+
+def _render(data: dict[str, Any]) -> Iterator[Any]:
+    for key, value in {**data, **data.get("result", {})}.items():
+        if key != "result":
+            yield f"{key:<24} {value}"
