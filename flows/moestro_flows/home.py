@@ -10,6 +10,7 @@ MOESTRO_DATABASE_URL. The environment is read here and nowhere below.
 """
 
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,19 @@ class Home:
         self.logs.mkdir(exist_ok=True)
         for name, value in self.environment().items():
             os.environ.setdefault(name, value)
+        if self.ray_address is None:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(self._ray_token()))
+
+    def _ray_token(self) -> Path:
+        """The secret of the Ray cluster that is started in place, made when it is first needed."""
+        path = self.path / "ray_token"
+        if not path.exists():
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.touch(mode=0o600)
+            temporary.write_text(secrets.token_hex(32))
+            temporary.replace(path)
+        return path
 
     def environment(self) -> dict[str, str]:
         """Settings under which all parts stay in this folder and connect to nothing outside this machine."""
@@ -94,8 +108,6 @@ class Home:
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.path / "ray_token"),
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_CPU_KVCACHE_SPACE": "1",

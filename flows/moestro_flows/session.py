@@ -34,6 +34,7 @@ class Session:
     cluster: Cluster
     tracking: Tracking
     listener: Listener
+    needs_cluster: bool
     failure: BaseException | None = None
     _started: float = field(default_factory=time.monotonic)
     _stopped: threading.Event = field(default_factory=threading.Event)
@@ -62,7 +63,8 @@ class Session:
             tracking = Tracking.open(home, run, [(step.name, step.action) for step in plan.steps])
             run = run.model_copy(update={"mlflow_run_id": tracking.run_id})
             cluster = Cluster(home.ray_address, cpus=config.resources.cpus)
-            session = cls(home, config, run, cluster, tracking, LISTENER.get())
+            needs_cluster = any(step.action == "run" and _on_ray(step.stage) for step in plan.steps)
+            session = cls(home, config, run, cluster, tracking, LISTENER.get(), needs_cluster)
             session.listener.planned(run, [step.name for step in plan.steps])
             run.write(home.runs)
             try:
@@ -169,6 +171,10 @@ class Session:
             self.run.write(self.home.runs)
         deploy = self.config.deploy
         self.tracking.finish(self.run, model_name=deploy.name if deploy else None)
+
+
+def _on_ray(stage: str) -> bool:
+    return STAGES[stage].on_cluster or STAGES[stage].needs_engine
 
 
 class _StepReporter:

@@ -39,6 +39,8 @@ def lifecycle(config_path: str, name: str = "lifecycle") -> str:  # noqa: ARG001
             return futures[-1]
 
         walk(session.config, submit)
+        if session.needs_cluster:
+            session.cluster.connect()
         _wait(session, futures)
         run = session.finish()
         create_table_artifact(rows(run, home.store), key="summary", description=f"Steps of {run.name}")

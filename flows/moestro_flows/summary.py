@@ -32,7 +32,8 @@ def figures(record: Record) -> str:
         losses = [f"{domain} {loss:.3f}" for domain, loss in result["held_out_loss"].items()]
         parts = [f"loss {', '.join(losses)}", *parts]
     if record.stage == "profile":
-        own = [f"{domain} {share:.2f}x" for domain, share in result["specialisation"].items()]
+        shares = result["specialisation"].items()
+        own = [f"{domain} {share:.2f}x" for domain, share in shares if share is not None]  # None: pruned everywhere
         parts = [f"own expert {', '.join(own)}", *parts]
     return "; ".join(parts)
 

@@ -8,13 +8,13 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from moestro import figures
 from moestro.artifacts import Artifact, LifecycleRun, Record
+from moestro.errors import StoppedError
 from moestro.execution import Step
-from moestro.registry import Registry, TrackedRun, Tracker
+from moestro.registry import Registry, TrackedRun, Tracker, connect
 from moestro_flows.home import Home
 
 EXPERIMENT = "moestro"
@@ -41,7 +41,7 @@ class TrackedStep:
             self._registry.index_artifact(artifact.path, record)
             if self._run:
                 self._run.log_record(record)
-                for name, figure in step_figures(artifact).items():
+                for name, figure in step_figures(artifact, self._registry).items():
                     self._run.log_figure(name, figure)
 
 
@@ -60,16 +60,14 @@ class Tracking:
     @classmethod
     def open(cls, home: Home, run: LifecycleRun, steps: Sequence[tuple[str, str]]) -> "Tracking":
         """Prepare the databases and start the parent run. `steps` are the planned steps' names and actions."""
-        registry = Registry.connect(home.database_url)
+        registry = connect(home.database_url)
         tracker = Tracker(home.mlflow_uri, home.mlflow_files)
         tracker.prepare()
-        tracker.reconcile(live=())
-        tags = {"moestro.run": run.id, "moestro.home": str(home.path)}
+        tracker.reconcile()
+        tags = {"moestro.run": run.id}
         tracked = tracker.start(run.name, parent=None, params=run.config, tags=tags)
         registry.index_run(run)
-        for name, action in steps:
-            if action == "reuse":
-                tracked.tag(f"reused.{name.replace(' ', '.')}", "true")
+        tracked.tag("reused", ", ".join(name for name, action in steps if action == "reuse"))
         return cls(tracker, registry, tracked)
 
     @contextmanager
@@ -86,11 +84,12 @@ class Tracking:
         except BaseException as error:
             if run:
                 with self._lock:
-                    run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                    stopped = isinstance(error, StoppedError | KeyboardInterrupt)
+                    run.finish("cancelled" if stopped else "failed", str(error))
             raise
         if run:
             with self._lock:
-                run.finish("FINISHED")
+                run.finish()
 
     def note(self, name: str, artifact: Artifact, record: Record) -> None:
         """Remember what the parent run shows at the end: held-out losses by stage, and the last checkpoint."""
@@ -109,22 +108,19 @@ class Tracking:
                     self._run.log_figure("held_out_loss", figures.held_out_loss(self._evaluations))
                 if model_name and self._final:
                     self._tracker.register(model_name, self._final[0], run_id=self.run_id, alias="champion")
-            states = {"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
-            self._run.finish(states[run.status])
+            self._run.finish(run.status)
+            self._registry.close()
 
 
-def step_figures(artifact: Artifact) -> dict[str, Any]:
+def step_figures(artifact: Artifact, registry: Registry) -> dict[str, Any]:
     """The plots of one step, by name."""
     history = artifact.path / "history.json"
-    if artifact.stage == "rl":
-        return {"reward": figures.reward_curve(_steps(history))}
-    if history.exists():
-        return {"loss": figures.loss_curves({artifact.stage: _steps(history)})}
     if artifact.stage == "profile":
-        return {"expert_by_domain": figures.expert_heatmap(artifact.path)}
-    return {}
-
-
-def _steps(history: Path) -> list[dict[str, float]]:
-    steps: list[dict[str, float]] = json.loads(history.read_text())["steps"]
-    return steps
+        seen = registry.expert_statistics(artifact.record.inputs["model"].fingerprint)
+        return {"expert_by_domain": figures.expert_heatmap(seen.counts, domains=seen.domains, origins=seen.origins)}
+    if not history.exists():
+        return {}
+    steps = json.loads(history.read_text())["steps"]
+    if artifact.stage == "rl":
+        return {"reward": figures.reward_curve(steps)}
+    return {"loss": figures.loss_curves({artifact.stage: steps})}

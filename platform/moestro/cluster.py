@@ -5,6 +5,7 @@ travels through one small actor, the board, that the driver empties while it wai
 """
 
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -22,12 +23,29 @@ OBJECT_STORE_BYTES = 200 * 1024 * 1024
 
 
 class Cluster:
-    """A Ray cluster, started or connected to when it is first needed."""
+    """A Ray cluster: one that is there at `address`, or one started in place with `cpus` cores."""
 
     def __init__(self, address: str | None = None, *, cpus: int | None = None) -> None:
         self.address = address
         self.cpus = cpus or os.cpu_count() or 1
         self._board: Any = None
+        self._ready = threading.Event()
+
+    def connect(self) -> None:
+        """Connect, or start Ray. Call it from the main thread, where Ray can handle signals; `run` waits for it."""
+        import ray
+
+        own = {} if self.address else {"num_cpus": self.cpus, "object_store_memory": OBJECT_STORE_BYTES}
+        ray.init(
+            address=self.address,
+            include_dashboard=None if self.address else False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+            **own,
+        )
+        self._board = ray.remote(_Board).options(num_cpus=0).remote()
+        self._ready.set()
 
     def run(
         self, store: ArtifactStore, step: Step, *, resources: Resources, reporter: Reporter, stopped: Callable[[], bool]
@@ -39,7 +57,10 @@ class Cluster:
         """
         import ray
 
-        board = self._connect()
+        while not self._ready.wait(POLL_SECONDS):
+            if stopped():
+                raise StoppedError
+        board = self._board
         cpus = resources.cpus or self.cpus
         if cpus > (available := int(ray.cluster_resources().get("CPU", 0))):
             raise ResourceError(f"{step.stage} asks for {cpus} cores, the cluster has {available}.")
@@ -75,37 +96,20 @@ class Cluster:
         def make(folder: Path, config: EngineConfig) -> "RemoteEngine":
             import ray
 
-            self._connect()
+            self._ready.wait()
             host = ray.remote(_EngineHost).options(num_cpus=resources.cpus or self.cpus, max_restarts=0)
             return RemoteEngine(host.remote(folder, config))
 
-        return make  # type: ignore[return-value]  # RemoteEngine forwards the protocol's methods
+        return make
 
     def shutdown(self) -> None:
         """Leave the cluster; one started here ends with all its processes."""
-        if self._board is None:
+        if not self._ready.is_set():
             return
         import ray
 
-        self._board = None
+        self._ready.clear()
         ray.shutdown()
-
-    def _connect(self) -> Any:
-        if self._board is not None:
-            return self._board
-        import ray
-
-        own = {} if self.address else {"num_cpus": self.cpus, "object_store_memory": OBJECT_STORE_BYTES}
-        ray.init(
-            address=self.address,
-            include_dashboard=None if self.address else False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=False,
-            **own,
-        )
-        self._board = ray.remote(_Board).options(num_cpus=0).remote()
-        return self._board
 
 
 class RemoteEngine:

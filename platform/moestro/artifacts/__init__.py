@@ -9,7 +9,7 @@ from moestro.artifacts.job import Job, Reporter, SilentReporter
 from moestro.artifacts.lock import exclusive
 from moestro.artifacts.record import RECORD_NAME, FileEntry, Input, Record
 from moestro.artifacts.run import LifecycleRun, Status, StepRun, read_runs
-from moestro.artifacts.store import Artifact, ArtifactStore, WorkFolder, digest_files, verify
+from moestro.artifacts.store import Artifact, ArtifactStore, WorkFolder, digest_files, disk_space_errors, verify
 
 __all__ = [
     "RECORD_NAME",
@@ -28,6 +28,7 @@ __all__ = [
     "canonical_json",
     "content_fingerprint",
     "digest_files",
+    "disk_space_errors",
     "exclusive",
     "file_digest",
     "fingerprint",

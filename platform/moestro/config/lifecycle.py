@@ -19,6 +19,9 @@ from moestro.config.stages import (
 )
 from moestro.config.training import TrainingConfig
 
+SERVED_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of an attention head that vLLM's CPU attention has kernels for."""
+
 
 class Resources(Config):
     """Execution, never identity: changing any of this runs no stage again."""
@@ -101,6 +104,18 @@ class LifecycleConfig(Config):
             raise ValueError(
                 f"compress.num_experts: must lie between mix.num_experts_per_tok ({self.mix.num_experts_per_tok}) "
                 f"and the {experts} experts of the mix"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_can_be_served(self) -> "LifecycleConfig":
+        if self.seed.type == "import" or not (self.rl or self.deploy):
+            return self
+        size = self.seed.model.hidden_size // self.seed.model.num_attention_heads
+        if size not in SERVED_HEAD_SIZES:
+            raise ValueError(
+                f"seed.model.num_attention_heads: {self.seed.model.num_attention_heads} makes heads of {size}, "
+                f"vLLM on CPU serves heads of {', '.join(map(str, SERVED_HEAD_SIZES))}"
             )
         return self
 

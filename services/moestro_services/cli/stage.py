@@ -1,7 +1,7 @@
 """`moestro stage`: one stage alone on given checkpoints, and `moestro eval`: a checkpoint measured."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,16 +103,19 @@ def _stage_config(name: str, path: Path, domain: str) -> Config:
     if not isinstance(data, dict) or "domains" not in (data.get("data") or {}):
         return validate(STAGES[name].config, data, where=str(path))
     lifecycle = validate(LifecycleConfig, data, where=str(path))
-    per_domain = {"corpus": lifecycle.data.corpus_configs, "branch": lifecycle.branch_configs}
-    if name not in per_domain:
-        found = getattr(lifecycle, name)
+    configs: Mapping[str, Config] = {}
+    if name == "corpus":
+        configs = lifecycle.data.corpus_configs()
+    elif name == "branch":
+        configs = lifecycle.branch_configs()
+    else:
+        found: Config | None = getattr(lifecycle, name)
         if found is None:
             raise ConfigError(f"{path} leaves out the stage {name}.", hint=f"Add a section {name}:")
-        return found  # type: ignore[no-any-return]
-    configs = per_domain[name]()
+        return found
     if domain not in configs:
         raise ConfigError(f"{name} needs --domain, one of {', '.join(configs)}.")
-    return configs[domain]  # type: ignore[return-value]
+    return configs[domain]
 
 
 def _inputs(name: str, pairs: list[str]) -> dict[str, Any]:

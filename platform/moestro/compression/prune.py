@@ -1,0 +1,115 @@
+"""The compress stage: keep the same number of experts in every layer, chosen by a criterion on calibration tokens.
+
+Every layer keeps as many, because transformers and vLLM serve only that unchanged. Kept experts stay bit for bit what
+they were and in their order; the router loses the rows of the others. L layers, E experts, N experts kept.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moestro.artifacts import Artifact, Job
+from moestro.compression.saliency import CRITERIA, Contribution, measure
+from moestro.config import CompressConfig
+from moestro.data.packed import PackedTokens
+from moestro.errors import InputError
+from moestro.models.checkpoint import load_model, read_origins, save_model, stored_dtype
+from moestro.models.routers import experts, parameter_counts, routers
+from moestro.models.windows import spread_windows
+
+WINDOW = 256
+"""Tokens per calibration window."""
+
+
+def compress(config: CompressConfig, *, model: Artifact, tokens: Mapping[str, Artifact], job: Job) -> dict[str, Any]:
+    """Prune the experts of `model` to `config.num_experts` per layer and write the smaller checkpoint to `job.out`.
+
+    The criterion is measured in float32 on the same number of training tokens of every domain in `tokens`.
+    Also writes compression.json: scores and kept experts per layer. Result: criterion, parameters and bytes before
+    and after, size_ratio (before / after), kept experts per layer.
+    Raises `InputError` for a dense model, or if the number of experts asked for does not fit the model.
+    """
+    origins = read_origins(model.path)
+    full = load_model(model.path)
+    _check_fits(config, full, origins)
+    scores_LE = _scores(config, full, tokens, job)
+    kept_LN = scores_LE.argsort(dim=1, descending=True, stable=True)[:, : config.num_experts].sort(dim=1).values
+    pruned = prune(full, kept_LN).to(stored_dtype(model.path))
+    kept = kept_LN.tolist()
+    kept_origins = [[names[expert] for expert in layer] for names, layer in zip(origins, kept, strict=True)]
+    save_model(pruned, job.out, tokenizer_from=model.path, origins=kept_origins)
+    report = {"criterion": config.criterion, "scores": scores_LE.tolist(), "kept": kept}
+    (job.out / "compression.json").write_text(json.dumps(report, indent=1) + "\n")
+    before, after = _weight_bytes(model.path), _weight_bytes(job.out)
+    return {
+        "criterion": config.criterion,
+        "before": {**parameter_counts(full), "size_bytes": before},
+        "after": {**parameter_counts(pruned), "size_bytes": after},
+        "size_ratio": before / after,
+        "kept": kept_origins,
+    }
+
+
+def prune(model: PreTrainedModel, kept_LN: Tensor) -> PreTrainedModel:
+    """A copy of `model` with only the experts `kept_LN` (indices [L, N]) and their router rows, in eval mode."""
+    config = copy.deepcopy(model.config)
+    config.num_experts = kept_LN.shape[1]
+    pruned = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    state = model.state_dict()
+    for name, indices_N in _sliced_weights(model, kept_LN).items():
+        state[name] = state[name][indices_N]
+    pruned.load_state_dict(state)
+    pruned.generation_config = model.generation_config
+    return pruned.eval()
+
+
+def _sliced_weights(model: PreTrainedModel, kept_LN: Tensor) -> dict[str, Tensor]:
+    """Names of all weights whose first dimension counts experts, with the indices kept of each."""
+    kept = {
+        id(weight): indices_N
+        for router, block, indices_N in zip(routers(model), experts(model), kept_LN, strict=True)
+        for weight in (*router.parameters(), *block.parameters())
+    }
+    return {name: kept[id(weight)] for name, weight in model.named_parameters() if id(weight) in kept}
+
+
+def _scores(config: CompressConfig, model: PreTrainedModel, tokens: Mapping[str, Artifact], job: Job) -> Tensor:
+    """The criterion's scores, float64 [L, E]."""
+    contribution = Contribution(len(experts(model)), model.config.num_experts)
+    for position, (domain, artifact) in enumerate(tokens.items()):
+        job.reporter.progress(position, len(tokens), f"measuring experts on {domain}")
+        windows_NS = spread_windows(
+            PackedTokens.open(artifact.path, "train").ids,
+            length=min(WINDOW, model.config.max_position_embeddings),
+            max_tokens=config.calibration_tokens,
+        )
+        measure(model, windows_NS, contribution)
+    job.reporter.progress(len(tokens), len(tokens), "pruning")
+    return CRITERIA[config.criterion](contribution)
+
+
+def _check_fits(config: CompressConfig, model: PreTrainedModel, origins: list[list[str]]) -> None:
+    found = experts(model)
+    if not found:
+        raise InputError(f"A {model.config.model_type} model has no experts to prune.", hint="Mix it first.")
+    num_experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
+    if not top_k <= config.num_experts <= num_experts:
+        raise InputError(
+            f"compress.num_experts is {config.num_experts}; the model has {num_experts} experts and chooses {top_k}.",
+            hint=f"Keep between {top_k} and {num_experts}.",
+        )
+    if [len(layer) for layer in origins] != [num_experts] * len(found):
+        raise InputError(
+            f"experts.json names {[len(layer) for layer in origins]} experts per layer, the model has "
+            f"{len(found)} layers of {num_experts}.",
+            hint="It belongs to another checkpoint.",
+        )
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

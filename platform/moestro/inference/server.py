@@ -1,0 +1,170 @@
+"""`VllmServer`: vLLM's OpenAI-compatible server as a supervised child on the loopback interface.
+
+The server and its engine live in a process group of their own under `supervisor`, which ends them when this process
+closes the server or dies, kill -9 included.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from moestro.errors import BusyError, ResourceError
+from moestro.inference.environment import server_environment
+from moestro.inference.routes import routing_shape
+
+HOST = "127.0.0.1"
+POLL_SECONDS = 0.25
+STOP_SECONDS = 20
+LOG_LINES = 25
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How a checkpoint is served."""
+
+    name: str
+    """Name of the model in requests."""
+    dtype: str = "float32"
+    """Type vLLM computes in."""
+    max_model_len: int = 512
+    """Longest sequence."""
+    port: int = 0
+    """Port on the loopback interface; 0 takes a free one."""
+    kv_cache_gib: float = 0.5
+    """Memory of the KV cache in GiB."""
+    threads: int | None = None
+    """Threads the engine computes with; None leaves them to torch."""
+
+
+class VllmServer:
+    """One server. `start` it, use `url`, `stop` it; also a context manager that stops it."""
+
+    def __init__(self, folder: Path, config: ServerConfig, *, log: Path) -> None:
+        """The checkpoint in `folder` (with tokenizer); what the server prints goes to the file `log`."""
+        self.folder = folder
+        self.config = config
+        self.log = log
+        self.port = config.port
+        self.routes = routing_shape(folder) is not None
+        """Whether answers carry expert choices."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lifeline = -1
+
+    @property
+    def url(self) -> str:
+        """Where it answers, without a trailing slash."""
+        return f"http://{HOST}:{self.port}"
+
+    def start(self, timeout: float = 600) -> None:
+        """Start and wait until it answers.
+
+        Raises `BusyError` if the port is in use, `ResourceError` with the end of the log if the server ends or does
+        not answer within `timeout` seconds.
+        """
+        self.port = _free_port(self.config.port)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        reading, self._lifeline = os.pipe()
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "moestro.inference.supervisor", str(reading), *self._command()],
+                pass_fds=[reading],
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+            )
+        os.close(reading)
+        try:
+            self._wait(self._process, timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def healthy(self) -> bool:
+        """Whether the server answers and its engine lives."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+    def stop(self) -> None:
+        """End the server and everything it started; does nothing if it does not run."""
+        if self._process is None:
+            return
+        os.close(self._lifeline)
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process = None
+
+    def __enter__(self) -> "VllmServer":
+        """The server itself, started by now or by the caller."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        self.stop()
+
+    def _wait(self, process: subprocess.Popen[bytes], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not self.healthy():
+            try:
+                code = process.wait(POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > deadline:
+                    raise ResourceError(
+                        f"The vLLM server for {self.folder} did not answer within {timeout:.0f} s.\n{self._log_end()}"
+                    ) from None
+            else:
+                raise ResourceError(
+                    f"The vLLM server for {self.folder} ended with code {code}. {self.log} ends with:\n"
+                    f"{self._log_end()}"
+                )
+
+    def _log_end(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+    def _environment(self) -> dict[str, str]:
+        threads = {"OMP_NUM_THREADS": str(self.config.threads)} if self.config.threads else {}
+        return server_environment() | threads
+
+    def _command(self) -> list[str]:
+        options = {
+            "--model": str(self.folder),
+            "--served-model-name": self.config.name,
+            "--host": HOST,
+            "--port": str(self.port),
+            "--dtype": self.config.dtype,
+            "--max-model-len": str(self.config.max_model_len),
+            "--kv-cache-memory-bytes": str(int(self.config.kv_cache_gib * 1024**3)),
+            "--generation-config": "vllm",
+        }
+        flags = ["--enforce-eager", "--disable-uvicorn-access-log"]
+        if self.routes:
+            flags.append("--enable-return-routed-experts")
+        module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        return module + [part for option in options.items() for part in option] + flags
+
+
+def _free_port(port: int) -> int:
+    """`port` if nothing listens on it, any free one for 0; raises `BusyError`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise BusyError(f"Port {port} is in use ({error.strerror}).", hint="Choose another port.") from None
+        free: int = probe.getsockname()[1]
+        return free

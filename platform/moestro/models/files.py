@@ -1,0 +1,112 @@
+"""What a checkpoint folder must hold before anything is loaded from it: config, intact weights, tokenizer.
+
+Everything here reads headers only, so that a truncated or incomplete checkpoint is refused at once, by name.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from moestro.errors import InputError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (
+    *TOKENIZERS,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+HEADER_LENGTH = struct.Struct("<Q")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`; raises `InputError` if it is missing or cannot be read as JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing.", hint="A checkpoint is a Hugging Face directory.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}).", hint="Copy it again from its source.") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of `folder`; raises `InputError` if there is none or it is not a JSON object."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a directory.", hint="A checkpoint is a Hugging Face directory.")
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise InputError(f"{folder / CONFIG} names no model_type.", hint="It must be a transformers config.")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, one or the index's shards; raises `InputError` for a missing one."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise InputError(
+            f"{folder} has no {WEIGHTS}.", hint="Only safetensors are read: convert other formats with save_pretrained."
+        )
+    index = read_json(folder / INDEX)
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise InputError(f"{folder / INDEX} has no weight_map.", hint="Copy it again from its source.")
+    shards = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise InputError(f"{shard} is missing, though {INDEX} names it.", hint="Copy it again from its source.")
+    return shards
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise `InputError` unless the file holds exactly the bytes its header announces."""
+    hint = "It was cut off or damaged: copy it again from its source."
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        prefix = stream.read(HEADER_LENGTH.size)
+        if len(prefix) < HEADER_LENGTH.size:
+            raise InputError(f"{path} is truncated: {size} bytes hold no header.", hint=hint)
+        (length,) = HEADER_LENGTH.unpack(prefix)
+        if HEADER_LENGTH.size + length > size:
+            raise InputError(f"{path} is truncated or no safetensors file: its header does not fit in it.", hint=hint)
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            expected = HEADER_LENGTH.size + length + max(ends, default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise InputError(f"{path} has a header that cannot be read.", hint=hint) from None
+    if size != expected:
+        raise InputError(f"{path} has {size} bytes where its header announces {expected}.", hint=hint)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise `InputError` unless `folder` holds a tokenizer."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise InputError(
+            f"{folder} holds no tokenizer (none of {', '.join(TOKENIZERS)}).",
+            hint="Put the model's tokenizer.json and tokenizer_config.json beside its weights.",
+        )
+    for name in TOKENIZER_FILES:
+        if name.endswith(".json") and (folder / name).is_file():
+            read_json(folder / name)
+
+
+def check_folder(folder: Path, *, tokenizer: bool) -> dict[str, Any]:
+    """The config of a checkpoint whose weight files are all there and whole, and its tokenizer if asked for.
+
+    Raises `InputError` naming the file and what is wrong with it.
+    """
+    config = read_config(folder)
+    for path in weight_files(folder):
+        check_safetensors(path)
+    if tokenizer:
+        check_tokenizer(folder)
+    return config

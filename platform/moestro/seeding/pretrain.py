@@ -1,0 +1,156 @@
+"""Pre-training a small Llama-architecture seed on an equal mix of all domains, with a tokenizer of their own text.
+
+Tokenizer and token ids are kept in `job.scratch`/text, so that an interrupted run does not make them again.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from moestro.artifacts import Artifact, Job
+from moestro.config import ModelConfig, PretrainSeed
+from moestro.data.packed import Mixture, PackedTokens
+from moestro.data.tokenizer import encode, load_tokenizer, train_bpe
+from moestro.errors import ConfigError, InputError
+from moestro.models.checkpoint import save_model
+from moestro.models.routers import parameter_counts
+from moestro.training.loop import train
+from moestro.training.state import publish
+
+SAMPLE_CHARACTERS = 2_000_000
+"""Characters of each domain that the tokenizer is trained on."""
+MAX_REPEATS = 8
+"""How often a small domain's text is repeated in that sample, so that each domain counts."""
+CHUNK = 512
+
+
+def pretrain_seed(config: PretrainSeed, *, corpora: Mapping[str, Artifact], job: Job) -> dict[str, Any]:
+    """Train tokenizer and model on the training text of `corpora` and write the checkpoint into `job.out`.
+
+    Result: parameters, vocabulary, tokens of text per domain, and the training's figures. Raises `ConfigError` for a
+    shape that does not work, or a vocabulary that the text does not fill.
+    """
+    check_shape(config.model)
+    if config.training.sequence_length > config.model.max_position_embeddings:
+        raise ConfigError(
+            f"seed.training.sequence_length: {config.training.sequence_length} is longer than "
+            f"seed.model.max_position_embeddings ({config.model.max_position_embeddings}).",
+            hint="Raise max_position_embeddings.",
+        )
+    text = job.scratch / "text"
+    if not text.exists():
+        _prepare(config.model, corpora, text, job)
+    domains = {name: PackedTokens.of(np.load(text / f"{name}.npy", mmap_mode="r")) for name in corpora}
+    mixture = Mixture(domains, config.training.sequence_length, config.training.seed)
+    model = build_model(config.model, seed=config.training.seed)
+    result = train(model, mixture, config.training, job=job, trainable=lambda _: True)
+    save_model(model, job.out, tokenizer_from=text / "tokenizer")
+    return {
+        **parameter_counts(model),
+        "vocabulary": config.model.vocab_size,
+        "text_tokens": {name: len(packed.ids) for name, packed in domains.items()},
+        **result.figures(),
+    }
+
+
+def check_shape(config: ModelConfig) -> None:
+    """Raise `ConfigError` naming the field if the attention heads do not fit."""
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            f"seed.model.num_attention_heads: {config.num_attention_heads} heads do not divide a hidden_size "
+            f"of {config.hidden_size}."
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ConfigError(
+            f"seed.model.num_key_value_heads: {config.num_key_value_heads} do not divide "
+            f"{config.num_attention_heads} attention heads."
+        )
+    if config.hidden_size // config.num_attention_heads % 2:
+        raise ConfigError(
+            f"seed.model: heads of {config.hidden_size // config.num_attention_heads} channels cannot be rotated.",
+            hint="Rotary embeddings need an even number: change hidden_size or num_attention_heads.",
+        )
+
+
+def build_model(config: ModelConfig, *, seed: int) -> PreTrainedModel:
+    """A Llama with SmallInit (N(0, 2 / 5D), Nguyen and Salazar 2019); projections into the residual stream are divided
+    by sqrt(2 L), as in GPT-2. D hidden, L layers. The process's random state is left as it was.
+    """
+    llama = LlamaConfig(
+        **config.model_dump(),
+        initializer_range=math.sqrt(2 / (5 * config.hidden_size)),
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(llama)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.div_(math.sqrt(2 * config.num_hidden_layers))
+    return model
+
+
+def _prepare(config: ModelConfig, corpora: Mapping[str, Artifact], target: Path, job: Job) -> None:
+    """Make `target` in one atomic step: tokenizer/ and the token ids of each domain."""
+    temporary = target.with_suffix(".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    job.reporter.progress(0, len(corpora) + 1, "training the tokenizer")
+    trained = train_bpe(_sample(corpora), config.vocab_size)
+    if len(trained) != config.vocab_size:
+        raise ConfigError(
+            f"seed.model.vocab_size: the text of {', '.join(corpora)} fills only {len(trained)} "
+            f"of {config.vocab_size} entries.",
+            hint=f"Set vocab_size to {len(trained)} or less, or add text.",
+        )
+    trained.save_pretrained(temporary / "tokenizer")
+    tokenizer = load_tokenizer(temporary / "tokenizer")
+    for position, (name, corpus) in enumerate(corpora.items(), 1):
+        job.reporter.progress(position, len(corpora) + 1, f"tokenising {name}")
+        np.save(temporary / f"{name}.npy", _ids(tokenizer, _texts(corpus)))
+    publish(temporary, target)
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> np.ndarray[Any, Any]:
+    """All documents back to back, each ended by end-of-text."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    pieces = [
+        np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype)
+        for start in range(0, len(texts), CHUNK)
+        for ids in encode(tokenizer, texts[start : start + CHUNK])
+    ]
+    return np.concatenate(pieces)
+
+
+def _sample(corpora: Mapping[str, Artifact]) -> Iterator[str]:
+    """About the same amount of each domain's text; a small domain is repeated, but not without end."""
+    for corpus in corpora.values():
+        texts = _texts(corpus)
+        budget = min(SAMPLE_CHARACTERS, MAX_REPEATS * sum(map(len, texts)))
+        for text in cycle(texts):
+            yield text[:budget]
+            budget -= len(text)
+            if budget <= 0:
+                break
+
+
+def _texts(corpus: Artifact) -> list[str]:
+    path = corpus.path / "train.parquet"
+    if not path.is_file():
+        raise InputError(f"{corpus.path} is not a corpus: it has no {path.name}.")
+    texts: list[str] = pq.read_table(path, columns=["text"]).column("text").to_pylist()
+    if not any(texts):
+        raise InputError(f"{path} holds no text.", hint="Give the domain some text.")
+    return texts

@@ -1,0 +1,70 @@
+"""Causal attention for short bfloat16 windows on a CPU.
+
+PyTorch's fused CPU kernel is slow in bfloat16 for short rows: at 256 positions, forward and backward of plain batched
+products take half its time, and a training step of a small model 30 to 40% less. Their memory grows with the square
+of the window, so longer windows, float32 and sliding windows stay with the fused kernel ("sdpa").
+
+Shapes: B sequences, H query heads, G key and value heads, S positions, C channels of a head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "moestro_short_causal"
+MAX_POSITIONS = 512
+
+
+@contextmanager
+def training_attention(model: PreTrainedModel, *, dtype: torch.dtype, positions: int) -> Iterator[None]:
+    """Give `model` the faster attention for unpadded causal windows of `positions` tokens while in the block."""
+    window = getattr(model.config, "sliding_window", None)
+    if dtype != torch.bfloat16 or positions > MAX_POSITIONS or (window is not None and window < positions):
+        yield
+        return
+    AttentionInterface.register(NAME, short_causal_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
+
+
+def short_causal_attention(
+    _module: nn.Module,
+    query_BHSC: Tensor,
+    key_BGSC: Tensor,
+    value_BGSC: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """softmax(scaling q k^T + causal mask) v in transformers' signature; returns [B, S, H, C].
+
+    The query heads of a group are stacked, so that keys and values are not repeated.
+    Raises `ValueError` for padding masks and dropout, which training on packed windows has not.
+    """
+    if attention_mask is not None or dropout:
+        raise ValueError(f"{NAME} does neither padding nor dropout")
+    B, H, S, C = query_BHSC.shape
+    G = key_BGSC.shape[1]
+    dtype = value_BGSC.dtype
+    with torch.autocast("cpu", enabled=False):
+        query = (query_BHSC * scaling).to(dtype).reshape(B * G, H // G * S, C)
+        key, value = (tensor.to(dtype).reshape(B * G, S, C) for tensor in (key_BGSC, value_BGSC))
+        mask = torch.full((S, S), float("-inf"), dtype=dtype).triu(1).repeat(H // G, 1)
+        scores = torch.baddbmm(mask.expand(B * G, -1, -1), query, key.transpose(1, 2))
+        attended = torch.softmax(scores, dim=-1).bmm(value)
+        return attended.reshape(B, H, S, C).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """transformers asks for a mask; causality is built in."""

@@ -1,0 +1,79 @@
+"""The Typer app and `main`, which turns errors into one readable line.
+
+Exit codes: 0 done, 1 a check that was asked for failed, 2 a mistake that the user can mend, 130 interrupted.
+Unexpected exceptions propagate with their traceback: they are ours.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from moestro.errors import MoestroError
+from moestro_services.cli.bench import bench
+from moestro_services.cli.config_schema import config_app
+from moestro_services.cli.doctor import doctor
+from moestro_services.cli.experts import experts
+from moestro_services.cli.index import index_app
+from moestro_services.cli.report import report
+from moestro_services.cli.run import plan, run
+from moestro_services.cli.serve import serve
+from moestro_services.cli.show import show
+from moestro_services.cli.stage import evaluate, stage
+from moestro_services.cli.ui import ui
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+COMMANDS: list[tuple[str, Callable[..., Any]]] = [
+    ("run", run),
+    ("plan", plan),
+    ("stage", stage),
+    ("eval", evaluate),
+    ("show", show),
+    ("experts", experts),
+    ("report", report),
+    ("serve", serve),
+    ("ui", ui),
+    ("bench", bench),
+    ("doctor", doctor),
+]
+GROUPS: list[tuple[str, typer.Typer]] = [("index", index_app), ("config", config_app)]
+
+app = typer.Typer(
+    name="moestro",
+    help="From one dense checkpoint and a few domain corpora to a served Mixture-of-Experts model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for _name, _function in COMMANDS:
+    app.command(_name)(_function)
+for _name, _group in GROUPS:
+    app.add_typer(_group, name=_name)
+
+
+def main() -> None:
+    """Entry point of the `moestro` command."""
+    try:
+        app()
+    except MoestroError as error:
+        _tell(error)
+        sys.exit(USER_ERROR)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            sys.stderr.write("interrupted\n")
+        raise
+
+
+def _tell(error: MoestroError) -> None:
+    """One line on standard error (the end of a log may follow), or with --json one document on standard output."""
+    if "--json" in sys.argv[1:]:
+        body = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+        sys.stdout.write(json.dumps({"error": body}, ensure_ascii=False) + "\n")
+    else:
+        first, *details = error.message.splitlines() or [""]
+        sys.stderr.write(f"error: {first} {error.hint}".rstrip() + "\n")
+        sys.stderr.writelines(f"  {line}\n" for line in details)

@@ -1,0 +1,121 @@
+"""Gateway, MLflow and Prefect together on loopback ports, ended together.
+
+A server that the environment names by an address (MLFLOW_TRACKING_URI, PREFECT_API_URL) is shown, not started.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from threading import Event
+
+from moestro.errors import ArtifactError, ResourceError
+from moestro_flows.home import Home
+from moestro_services.catalog import Catalog
+from moestro_services.children import Child
+from moestro_services.gateway.app import create_app
+from moestro_services.gateway.launch import LOOPBACK, gateway
+from moestro_services.gateway.listening import listen, serving
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ports:
+    """A port each; 0 takes a free one."""
+
+    gateway: int
+    mlflow: int
+    prefect: int
+
+
+@dataclass
+class Dashboards:
+    """What runs: addresses by name, and the children to look after."""
+
+    addresses: dict[str, str] = field(default_factory=dict)
+    children: list[Child] = field(default_factory=list)
+    model_lost: Event = field(default_factory=Event)
+
+    def watch(self, *, check_seconds: float = 2.0) -> None:
+        """Wait for ever; raises `ResourceError` naming the server that ended."""
+        while not self.model_lost.wait(check_seconds):
+            for child in self.children:
+                child.check()
+        raise ResourceError("The model's server was lost again and again.")
+
+
+@contextmanager
+def dashboards(home: Home, ports: Ports, *, model: bool, say: Say) -> Iterator[Dashboards]:
+    """Everything running while in the block, the newest deployment behind the gateway if `model` and there is one.
+
+    Raises `BusyError` if a port is in use, before anything is started, and `ResourceError` if a server does not start.
+    """
+    running = Dashboards()
+    addresses = running.addresses
+    commands = {
+        "MLflow": (_external_mlflow(home), ports.mlflow, _mlflow),
+        "Prefect": (os.environ.get("PREFECT_API_URL", "").removesuffix("/api"), ports.prefect, _prefect),
+    }
+    started = {name: (_free(port), start) for name, (external, port, start) in commands.items() if not external}
+    _free(ports.gateway)
+    with ExitStack() as stack:
+        for name, (port, start) in started.items():
+            say(f"Starting {name} ...")
+            running.children.append(stack.enter_context(start(home, port)))
+        for name, (external, _, _) in commands.items():
+            addresses[name] = external or f"http://{LOOPBACK}:{started[name][0]}"
+        for name, child in zip(started, running.children, strict=True):
+            child.wait_until_it_answers(addresses[name] + ("/health" if name == "MLflow" else "/api/health"))
+        _start_gateway(home, ports.gateway, running, stack, model=model, say=say)
+        yield running
+
+
+def _start_gateway(home: Home, port: int, running: Dashboards, stack: ExitStack, *, model: bool, say: Say) -> None:
+    try:
+        artifact = Catalog(home).entry("deploy").artifact if model else None
+    except ArtifactError:
+        artifact = None
+    if artifact is None:
+        running.addresses["Gateway"] = stack.enter_context(serving(create_app(home), listen(LOOPBACK, port)))
+        return
+    url, keeper = stack.enter_context(gateway(home, artifact, port=port, say=say))
+    running.addresses["Gateway"] = url
+    running.model_lost = keeper.gave_up
+
+
+def _external_mlflow(home: Home) -> str:
+    return home.mlflow_uri if home.mlflow_uri.startswith(("http://", "https://")) else ""
+
+
+def _free(port: int) -> int:
+    """`port` itself, or a free one for 0; raises `BusyError` if it is in use."""
+    with listen(LOOPBACK, port) as probe:
+        found: int = probe.getsockname()[1]
+    return found
+
+
+def _mlflow(home: Home, port: int) -> Child:
+    """One worker and no job runner: two processes instead of fifteen."""
+    options = {
+        "--backend-store-uri": home.mlflow_uri,
+        "--default-artifact-root": home.mlflow_files,
+        "--host": LOOPBACK,
+        "--port": str(port),
+        "--workers": "1",
+    }
+    command = [sys.executable, "-m", "mlflow", "server", *(part for option in options.items() for part in option)]
+    return Child("MLflow", command, os.environ | home.environment(), log=home.logs / "mlflow.log")
+
+
+def _prefect(home: Home, port: int) -> Child:
+    """The page asks the address it is told, so that must name the port as well."""
+    settings = {
+        "PREFECT_SERVER_API_HOST": LOOPBACK,
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_UI_API_URL": f"http://{LOOPBACK}:{port}/api",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)]
+    environment = os.environ | home.environment() | settings
+    return Child("Prefect", command, environment, log=home.logs / "prefect.log")

@@ -1,0 +1,51 @@
+"""How the gateway words refusals: like OpenAI under /v1, with Moestro's kind, message and hint elsewhere."""
+
+from collections.abc import Mapping
+
+from starlette.responses import JSONResponse
+
+from moestro.errors import ArtifactError, BusyError, InputError, MoestroError, ResourceError
+
+RETRY_AFTER_SECONDS = "5"
+STATUS: dict[type[MoestroError], int] = {
+    ArtifactError: 404,
+    InputError: 404,
+    BusyError: 409,
+    ResourceError: 503,
+}
+CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    503: "model_unavailable",
+}
+
+
+def openai_error(
+    status: int, message: str, *, code: str = "", param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """An error as OpenAI's clients expect it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}
+    return JSONResponse({"error": body}, status_code=status, headers=dict(headers or {}))
+
+
+def unavailable(message: str) -> JSONResponse:
+    """The model's server cannot be reached for now."""
+    return openai_error(503, message, headers={"Retry-After": RETRY_AFTER_SECONDS})
+
+
+def api_error(error: MoestroError) -> JSONResponse:
+    """A `MoestroError` as a 4xx (or 503) response."""
+    body = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+    return JSONResponse({"error": body}, status_code=STATUS.get(type(error), 400))
+
+
+def refusal(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """A refusal in the words of the part of the API that `path` lies in."""
+    if path.startswith("/v1/"):
+        return openai_error(status, message, headers=headers)
+    body = {"kind": "HTTPError", "message": message, "hint": ""}
+    return JSONResponse({"error": body}, status_code=status, headers=dict(headers or {}))

@@ -1,0 +1,136 @@
+"""/api over a home's records, and who may ask."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from moestro.errors import BusyError, ConfigError
+from moestro_flows.home import Home
+from moestro_services.catalog import Catalog
+from moestro_services.gateway.access import check_exposure, is_loopback, read_key
+from moestro_services.gateway.app import create_app
+from moestro_services.gateway.launch import ask, gateway
+from moestro_services.gateway.listening import listen, serving
+
+KEY = "0123456789abcdef0123"
+
+
+@pytest.fixture
+def client(built_home: Home) -> Iterator[TestClient]:
+    with TestClient(create_app(built_home), base_url="http://127.0.0.1") as made:
+        yield made
+
+
+def test_runs_are_listed_and_found(client: TestClient, built_home: Home) -> None:
+    listed = client.get("/api/runs").json()
+    assert [run["id"] for run in listed] == ["20260102-030400-abcd"]
+    assert listed[0]["steps"] == len(Catalog(built_home).run().steps)
+    found = client.get("/api/runs/20260102").json()
+    assert found["name"] == "small"
+    assert found == client.get("/api/runs/latest").json()
+
+
+def test_an_artifact_comes_with_its_lineage(client: TestClient) -> None:
+    mixes = client.get("/api/artifacts", params={"stage": "mix"}).json()
+    detail = client.get(f"/api/artifacts/{mixes[0]['fingerprint'][:10]}").json()
+    assert detail["record"]["stage"] == "mix"
+    assert detail["lineage"][0]["fingerprint"] == mixes[0]["fingerprint"]
+    assert {item["stage"] for item in detail["lineage"]} == {"mix", "seed", "branch", "tokens", "corpus"}
+    assert len({item["fingerprint"] for item in detail["lineage"]}) == len(detail["lineage"])
+    assert {item["stage"] for item in detail["used_by"]} == {"tune", "evaluate", "profile"}
+
+
+def test_experts_are_those_of_the_profile(client: TestClient) -> None:
+    found = client.get("/api/experts/mix").json()
+    assert found["domains"] == ["code", "prose"]
+    assert (found["num_layers"], found["num_experts"], found["num_experts_per_tok"]) == (2, 3, 2)
+    prose = next(expert for expert in found["experts"] if expert["origin"] == "prose")
+    assert (prose["preferred"], prose["shares"]) == ("prose", {"code": 0.2, "prose": 0.8})
+
+
+def test_deployments_say_which_are_served(built_home: Home, deployment: Any, client: TestClient) -> None:
+    listed = client.get("/api/deployments").json()
+    assert [(item["name"], item["state"]) for item in listed] == [("assistant", "not served")]
+    served = replace(deployment, fingerprint=listed[0]["fingerprint"])
+    with TestClient(create_app(built_home, [served]), base_url="http://127.0.0.1") as other:
+        assert other.get("/api/deployments").json()[0]["state"] == "serving"
+        deployment.server.well = False
+        assert other.get("/api/deployments").json()[0]["state"] == "starting"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "kind"),
+    [
+        ("/api/runs/nothing", 404, "InputError"),
+        ("/api/artifacts/ffffffff", 404, "ArtifactError"),
+        ("/api/artifacts/..%2F..", 404, "HTTPError"),
+        ("/api/artifacts/..", 404, "HTTPError"),
+        ("/api/experts/seed", 404, "ArtifactError"),
+        ("/api/runs?limit=0", 400, "HTTPError"),
+    ],
+)
+def test_mistakes_are_worded(client: TestClient, path: str, status: int, kind: str) -> None:
+    response = client.get(path)
+    assert (response.status_code, response.json()["error"]["kind"]) == (status, kind)
+
+
+def test_folders_are_not_read_over_http(client: TestClient, built_home: Home) -> None:
+    folder = Catalog(built_home).entry("mix").path
+    assert client.get(f"/api/artifacts/{folder}").status_code == 404
+
+
+def test_with_a_key_only_probes_are_open(built_home: Home) -> None:
+    with TestClient(create_app(built_home, api_key=KEY), base_url="http://moestro.example") as client:
+        for path in ("/api/runs", "/v1/models", "/metrics", "/openapi.json"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"Authorization": f"Bearer {KEY}x"}).status_code == 401
+            assert client.get(path, headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 200
+
+
+def test_other_machines_need_a_key() -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.1.2.3", "host")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    check_exposure("0.0.0.0", KEY)
+    with pytest.raises(ConfigError, match="no API key"):
+        check_exposure("0.0.0.0", None)
+
+
+def test_a_key_file_must_hold_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text(KEY + "\n")
+    assert read_key(path) == KEY
+    path.write_text("short\n")
+    with pytest.raises(ConfigError, match="at least 16"):
+        read_key(path)
+    with pytest.raises(ConfigError, match="not a readable key file"):
+        read_key(tmp_path / "missing")
+
+
+def test_a_port_in_use_is_refused_before_vllm_starts(built_home: Home) -> None:
+    artifact = Catalog(built_home).entry("deploy").artifact
+    said: list[str] = []
+    with listen("127.0.0.1", 0) as taken:
+        opened = gateway(built_home, artifact, port=taken.getsockname()[1], say=said.append)
+        with pytest.raises(BusyError, match="in use"):
+            opened.__enter__()
+    assert said == []
+
+
+def test_ask_returns_the_text(built_home: Home, deployment: Any) -> None:
+    with serving(create_app(built_home, [deployment]), listen("127.0.0.1", 0)) as url:
+        assert ask(url, "assistant", "12 + 7 =", 4) == " 19"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)

@@ -1,0 +1,159 @@
+"""What other processes can do to a store: be killed with SIGKILL, want the same work, fill the disk.
+
+Each test runs real processes; a line on a child's standard output says how far it has come.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from moestro.artifacts import ArtifactStore, exclusive, fingerprint
+from moestro.errors import BusyError
+
+IDENTITY = fingerprint("tune", "1", {}, {})
+
+WORKER = f"""
+import sys
+from pathlib import Path
+from moestro.artifacts import ArtifactStore
+with ArtifactStore(Path(sys.argv[1])).work("tune", "{IDENTITY}") as work:
+    (work.scratch / "state").write_text("step 7")
+    (work.out / "model.safetensors").write_bytes(b"half")
+    print("working", flush=True)
+    sys.stdin.read()
+"""
+
+WAITER = """
+import sys
+from pathlib import Path
+from moestro.artifacts import exclusive
+print("waiting", flush=True)
+with exclusive(Path(sys.argv[1]), what="the home", wait=True):
+    print("in", flush=True)
+"""
+
+FULL_DISK = """
+import shutil
+import sys
+from pathlib import Path
+import numpy as np, torch
+from safetensors.torch import save_file
+from moestro.artifacts import ArtifactStore
+from moestro.errors import ResourceError
+
+tensor = torch.zeros(1_000_000)
+folder = Path(sys.argv[1])
+writers = {
+    "python": lambda out: (out / "a").write_bytes(bytes(4_000_000)),
+    "safetensors": lambda out: save_file({"a": tensor}, out / "a"),
+    "torch": lambda out: torch.save({"a": tensor}, out / "a"),
+    "numpy": lambda out: np.save(out / "a.npy", tensor.numpy()),
+}
+for name, write in writers.items():
+    try:
+        with ArtifactStore(folder / name).work("tune", "ab" * 32) as work:
+            write(work.out)
+    except ResourceError as error:
+        print(f"{name}: {error}")
+    shutil.rmtree(folder / name)
+with (folder / "filler").open("ab", buffering=0) as filler:
+    try:
+        while True:
+            filler.write(bytes(4096))
+    except OSError:
+        pass
+try:
+    with ArtifactStore(folder / "late").work("tune", "ab" * 32):
+        print("late: began work on a full disk")
+except ResourceError as error:
+    print(f"late: {error}")
+"""
+
+
+@contextmanager
+def child(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process running `script`; killed at the end if it still lives."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_kill_9_publishes_nothing_frees_the_work_and_leaves_its_scratch(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    with child(WORKER, str(tmp_path)) as worker:
+        assert line(worker) == "working"
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+    assert store.find("tune", IDENTITY) is None
+    assert not (tmp_path / "artifacts").exists()
+    with store.work("tune", IDENTITY) as work:
+        assert (work.scratch / "state").read_text() == "step 7"
+        assert list(work.out.iterdir()) == []
+
+
+def test_the_same_work_in_two_processes_is_refused_naming_the_first(tmp_path: Path) -> None:
+    with child(WORKER, str(tmp_path)) as worker:
+        assert line(worker) == "working"
+        with (
+            pytest.raises(BusyError, match=rf"tune {IDENTITY[:16]} is in use by process {worker.pid} on "),
+            ArtifactStore(tmp_path).work("tune", IDENTITY),
+        ):
+            pass
+        assert (tmp_path / "work" / "tune" / IDENTITY[:16] / "out" / "model.safetensors").exists()
+
+
+def test_other_work_is_not_held_up(tmp_path: Path) -> None:
+    with child(WORKER, str(tmp_path)) as worker:
+        assert line(worker) == "working"
+        with ArtifactStore(tmp_path).work("tune", fingerprint("tune", "2", {}, {})) as work:
+            assert work.out.is_dir()
+
+
+def test_who_waits_goes_in_when_the_holder_leaves(tmp_path: Path) -> None:
+    lock = tmp_path / "run.lock"
+    with exclusive(lock, what="the home"):
+        waiter_context = child(WAITER, str(lock))
+        waiter = waiter_context.__enter__()
+        assert line(waiter) == "waiting"
+        assert waiter.poll() is None
+    try:
+        assert line(waiter) == "in"
+        assert waiter.wait() == 0
+    finally:
+        waiter_context.__exit__(None, None, None)
+
+
+def in_tiny_filesystem(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run `script` on a file system of 1 MB that exists for that process alone (a private mount namespace)."""
+    mount = 'mount -t tmpfs -o size=1m none "$0" && exec "$1" -c "$2" "$0"'
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "sh", "-c", 'mount -t tmpfs none "$0"', str(folder)], check=False).returncode:
+        pytest.skip("this machine allows no private mounts")
+    command = [*unshare, "sh", "-c", mount, str(folder), sys.executable, script]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_readable_error_whoever_writes(tmp_path: Path) -> None:
+    done = in_tiny_filesystem(tmp_path, FULL_DISK)
+    lines = dict(text.split(": ", 1) for text in done.stdout.splitlines())
+    assert list(lines) == ["python", "safetensors", "torch", "numpy", "late"], done.stderr
+    for message in lines.values():
+        assert message.startswith("No space left on the disk that holds"), message
+        assert "it resumes" in message

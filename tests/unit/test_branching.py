@@ -1,0 +1,77 @@
+"""A branch continues the seed on one domain; with `ffn` nothing but feed-forward networks changes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from moestro.artifacts import Artifact, Job
+from moestro.branching import branch
+from moestro.config import BranchConfig, TrainingConfig
+from moestro.data.tokenizer import train_bpe
+from moestro.errors import InputError
+from moestro.models.checkpoint import load_model, save_model
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+TRAINING = TrainingConfig(steps=6, batch_size=4, sequence_length=16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Artifact:
+    train_bpe(["some text"], 300).save_pretrained(folder / "tokenizer")
+    save_model(model, folder / "model", tokenizer_from=folder / "tokenizer")
+    return Artifact(folder / "model", "seed", "s")
+
+
+def tokens_in(folder: Path, domain: str) -> Artifact:
+    target = folder / domain
+    target.mkdir(parents=True)
+    for split in ("train", "held_out"):
+        np.save(target / f"{split}.npy", np.random.default_rng(len(domain)).integers(0, 300, 800).astype(np.uint16))
+        np.save(target / f"{split}_documents.npy", np.zeros(1, dtype=np.int64))
+    return Artifact(target, "tokens", domain)
+
+
+def job_in(folder: Path) -> Job:
+    (folder / "out").mkdir(parents=True)
+    (folder / "scratch").mkdir()
+    return Job(out=folder / "out", scratch=folder / "scratch")
+
+
+@pytest.mark.parametrize("trainable", ["ffn", "all"])
+def test_what_a_branch_changes(tmp_path: Path, trainable: str) -> None:
+    torch.manual_seed(0)
+    seed = saved(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path)
+    config = BranchConfig.model_validate({"domain": "code", "training": TRAINING, "trainable": trainable})
+    result = branch(config, seed=seed, tokens=tokens_in(tmp_path, "code"), job=job_in(tmp_path / "job"))
+    before = dict(load_model(seed.path).named_parameters())
+    after = dict(load_model(tmp_path / "job/out", tokenizer=True).named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if trainable == "all" or ".mlp." in name}
+    assert result["tokens"] == 6 * 4 * 16
+    assert (tmp_path / "job/out/history.json").exists()
+
+
+def test_a_branch_of_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    seed = saved(MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4)), tmp_path)
+    config = BranchConfig(domain="code", training=TRAINING)
+    with pytest.raises(InputError, match="is a Mixture-of-Experts"):
+        branch(config, seed=seed, tokens=tokens_in(tmp_path, "code"), job=job_in(tmp_path / "job"))

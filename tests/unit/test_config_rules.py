@@ -1,0 +1,136 @@
+"""What configs allow and what of them is identity."""
+
+from typing import Annotated, Any
+
+import pytest
+from pydantic import Field, ValidationError
+
+from moestro.config import (
+    BranchesConfig,
+    BuiltinSource,
+    CompressConfig,
+    Config,
+    DataConfig,
+    DeployConfig,
+    DomainConfig,
+    FileSource,
+    ImportSeed,
+    LifecycleConfig,
+    MixConfig,
+    ModelConfig,
+    PretrainSeed,
+    Resources,
+    TrainingConfig,
+)
+from moestro.config.base import EXECUTION
+
+
+def domains(*names: str) -> DataConfig:
+    return DataConfig(domains=tuple(DomainConfig(name=name, source=BuiltinSource(name="docs")) for name in names))
+
+
+def lifecycle(**changes: Any) -> LifecycleConfig:
+    parts: dict[str, Any] = {
+        "name": "small",
+        "data": domains("code", "prose"),
+        "seed": PretrainSeed(training=TrainingConfig(steps=4)),
+        "branch": BranchesConfig(training=TrainingConfig(steps=2)),
+    }
+    return LifecycleConfig(**(parts | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": domains("code", "code")}, "names must differ"),
+        (
+            {"branch": BranchesConfig(training=TrainingConfig(steps=2), overrides={"poetry": TrainingConfig(steps=1)})},
+            r"no domain named \['poetry'\]",
+        ),
+        ({"mix": MixConfig(num_experts_per_tok=4)}, "4 of only 3 experts"),
+        ({"mix": MixConfig(include_seed=False, num_experts_per_tok=3)}, "3 of only 2 experts"),
+        ({"compress": CompressConfig(num_experts=4)}, "compress.num_experts"),
+        ({"compress": CompressConfig(num_experts=1)}, "compress.num_experts"),
+        ({"deploy": DeployConfig(max_model_len=2048)}, "deploy.max_model_len: 2048 is longer"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        lifecycle(**changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (TrainingConfig, {"steps": 1, "batch_size": 6, "accumulation": 4}, "accumulation: 4 does not divide"),
+        (ModelConfig, {"hidden_size": 64, "num_attention_heads": 3}, "num_attention_heads: 3 does not divide"),
+        (ModelConfig, {"num_attention_heads": 6, "num_key_value_heads": 4}, "num_key_value_heads: 4 does not divide"),
+        (
+            PretrainSeed,
+            {"model": {"max_position_embeddings": 64}, "training": {"steps": 1, "sequence_length": 128}},
+            "training.sequence_length: 128 is longer",
+        ),
+        (DeployConfig, {"max_model_len": 128}, "deploy.parity.sequence_length must be below"),
+    ],
+)
+def test_a_stage_config_that_cannot_work_is_refused(kind: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        kind(**values)
+
+
+def test_an_imported_seed_may_serve_any_length() -> None:
+    assert lifecycle(seed=ImportSeed(path="model"), deploy=DeployConfig(max_model_len=4096)).deploy
+
+
+def test_configs_never_change() -> None:
+    config = MixConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+
+
+def test_branches_take_the_shared_training_or_their_own() -> None:
+    own = TrainingConfig(steps=9)
+    config = lifecycle(branch=BranchesConfig(training=TrainingConfig(steps=2), overrides={"prose": own}))
+    assert {name: branch.training.steps for name, branch in config.branch_configs().items()} == {"code": 2, "prose": 9}
+
+
+def test_identity_is_every_field_but_those_marked_execution() -> None:
+    assert FileSource(paths=("here/*.txt",)).identity() == {"type": "files", "format": "auto", "text_field": "text"}
+    assert ImportSeed(path="somewhere").identity() == {"type": "import", "dtype": "float32"}
+
+
+class _Leaf(Config):
+    what: int = 1
+    where: Annotated[str, EXECUTION] = "here"
+
+
+class _Tree(Config):
+    one: _Leaf = _Leaf()
+    many: tuple[_Leaf, ...] = (_Leaf(what=2), _Leaf(what=3))
+    named: dict[str, tuple[_Leaf, ...]] = Field(default_factory=lambda: {"a": (_Leaf(what=4),)})
+    perhaps: _Leaf | None = None
+
+
+def test_identity_leaves_execution_out_at_every_depth() -> None:
+    assert _Tree().identity() == {
+        "one": {"what": 1},
+        "many": [{"what": 2}, {"what": 3}],
+        "named": {"a": [{"what": 4}]},
+        "perhaps": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"name": "another"},
+        {"resources": Resources(cpus=1, max_retries=0)},
+        {"branch": BranchesConfig(training=TrainingConfig(steps=2, checkpoint_every=1))},
+    ],
+)
+def test_where_and_how_a_lifecycle_runs_is_not_identity(other: dict[str, Any]) -> None:
+    assert lifecycle(**other).identity() == lifecycle().identity()
+
+
+def test_what_a_lifecycle_computes_is_identity() -> None:
+    assert lifecycle(mix=MixConfig(seed=1)).identity() != lifecycle().identity()

@@ -1,0 +1,233 @@
+"""The rl stage with the real engine on a tiny Mixtral: learning, resuming, refusing."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from moestro.artifacts import Artifact, Job, SilentReporter
+from moestro.config import OptimizerConfig, Resources, RlConfig, TaskConfig
+from moestro.data.tasks import Problem, Task
+from moestro.data.tokenizer import train_bpe
+from moestro.errors import ConfigError, InputError, TrainingError
+from moestro.inference.engine import EngineConfig, VllmEngine
+from moestro.rl import rl
+
+STEPS = 3
+SHAPE = {
+    "vocab_size": 288,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.12,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+class InterruptedRunError(RuntimeError):
+    pass
+
+
+class InterruptingReporter(SilentReporter):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:  # noqa: ARG002
+        if step == self.at:
+            raise InterruptedRunError
+
+
+class PrintingReporter(SilentReporter):
+    def metrics(self, values: Mapping[str, float], step: int) -> None:  # noqa: ARG002
+        print(step, flush=True)  # noqa: T201  (the test reads it)
+
+
+class DeafEngine(VllmEngine):
+    """Takes no new weights and does not say so: what a broken weight refresh looks like from outside."""
+
+    def refresh(self, folder: Path) -> None:
+        pass
+
+
+class MisalignedEngine(VllmEngine):
+    """Reports routing one row late."""
+
+    def _routes(self, routes: Any, rows: int) -> Any:
+        return super()._routes(routes[[0, *range(rows - 1)]], rows)
+
+
+def config(**changes: Any) -> RlConfig:
+    settings: dict[str, Any] = {
+        "task": TaskConfig(name="chain_sum", arguments={"max_terms": 2, "max_digits": 2}),
+        "steps": STEPS,
+        "prompts_per_step": 6,
+        "num_generations": 4,
+        "max_tokens": 8,
+        "mini_steps": 2,
+        "micro_batch_size": 5,
+        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.0, schedule="constant"),
+    }
+    return RlConfig(**settings | changes)
+
+
+def digits(_task: Task, _problem: Problem, completion: str) -> float:
+    """A reward that a random model already earns a little of."""
+    return sum(character.isdigit() for character in completion) / max(1, len(completion))
+
+
+def run(source: Path, base: Path, reporter: Any, *, engine: Any = VllmEngine, **changes: Any) -> dict[str, Any]:
+    scratch, out = base / "scratch", base / f"out-{len(list(base.glob('out-*')))}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    out.mkdir()
+    job = Job(out=out, scratch=scratch, reporter=reporter, resources=Resources(cpus=2))
+    with patch.object(Task, "score", digits):
+        return rl(config(**changes), model=Artifact(source, "tune", "0" * 64), engine=engine, job=job)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def last_out(base: Path) -> Path:
+    return sorted(base.glob("out-*"))[-1]
+
+
+def no_engine(_folder: Path, _config: EngineConfig) -> VllmEngine:
+    raise AssertionError("no engine must be started")
+
+
+def make_tokenizer(folder: Path) -> None:
+    train_bpe(["Question: What is 1 + 2?\nAnswer: 3\n"] * 3, 288).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixtral")
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)).save_pretrained(folder)
+    make_tokenizer(folder)
+    (folder / "experts.json").write_text(json.dumps({"origins": [["code", "math", "prose", "seed"]] * 2}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory):
+    base = tmp_path_factory.mktemp("undisturbed")
+    return run(source, base, SilentReporter()), last_out(base)
+
+
+def test_replay_on_a_dense_model_is_refused_before_any_work(dense, tmp_path):
+    with pytest.raises(ConfigError, match="dense"):
+        run(dense, tmp_path, SilentReporter(), engine=no_engine)
+
+
+def test_more_mini_steps_than_sequences_are_refused(source, tmp_path):
+    with pytest.raises(ConfigError, match="24 sequences"):
+        run(source, tmp_path, SilentReporter(), engine=no_engine, mini_steps=25)
+
+
+def test_prompts_that_leave_no_room_are_refused_before_an_engine_starts(source, tmp_path):
+    with pytest.raises(InputError, match=r"rl\.max_tokens 80 do not fit into the model's 96 positions"):
+        run(source, tmp_path, SilentReporter(), engine=no_engine, max_tokens=80)
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_its_figures_hold(undisturbed):
+    result, out = undisturbed
+    steps = json.loads((out / "history.json").read_text())["steps"]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert result["reward_last"] > result["reward_first"] > 0
+    assert result["reward_first"] == pytest.approx((steps[0]["reward"] + steps[1]["reward"]) / 2)
+    assert result["max_refresh_difference"] <= 1e-4
+    for row in steps:
+        assert row["r3/used_mismatch"] == 0
+        assert 0 <= row["r3/k3_kl"] <= 1e-8
+        assert row["sampling/logp_difference/max"] <= 1e-4
+        assert row["grad_norm"] > 0
+        assert 1 <= row["completions/mean_length"] <= 8
+    assert not any("second" in name for row in steps for name in row)
+    assert json.loads((out / "experts.json").read_text())["origins"][1] == ["code", "math", "prose", "seed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, STEPS])
+def test_an_interrupted_run_ends_in_the_same_bytes(source, undisturbed, tmp_path, at):
+    with pytest.raises(InterruptedRunError):
+        run(source, tmp_path, InterruptingReporter(at))
+    engine = no_engine if at == STEPS else VllmEngine
+    result = run(source, tmp_path, SilentReporter(), engine=engine)
+    assert digests(last_out(tmp_path)) == digests(undisturbed[1])
+    assert result["rollout_tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_bytes(source, undisturbed, tmp_path):
+    code = (
+        "import importlib.util, pathlib\n"
+        f"spec = importlib.util.spec_from_file_location('rl_stage_tests', {str(Path(__file__))!r})\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "module.torch.set_num_threads(2)\n"
+        f"module.run(pathlib.Path({str(source)!r}), pathlib.Path({str(tmp_path)!r}), module.PrintingReporter())\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "1"
+        os.kill(process.pid, signal.SIGKILL)
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True)
+    assert resumed.stdout.split()[-1] == "3"
+    assert digests(last_out(tmp_path)) == digests(undisturbed[1])
+
+
+@pytest.mark.slow
+def test_a_refresh_that_does_not_take_stops_the_run(source, tmp_path):
+    with pytest.raises(TrainingError, match=r"rl step 1: after the weight refresh.* nats.*0\.001"):
+        run(source, tmp_path, SilentReporter(), engine=DeafEngine)
+
+
+@pytest.mark.slow
+def test_misaligned_routing_stops_the_run(source, tmp_path):
+    with pytest.raises(TrainingError, match="rl step 1: in its rollouts"):
+        run(source, tmp_path, SilentReporter(), engine=MisalignedEngine)
+
+
+@pytest.mark.slow
+def test_a_dense_model_trains_without_replay(dense, tmp_path):
+    result = run(dense, tmp_path, SilentReporter(), routing="off", steps=2)
+    steps = json.loads((last_out(tmp_path) / "history.json").read_text())["steps"]
+    assert "r3/router_mismatch" not in steps[0]
+    assert result["max_refresh_difference"] <= 1e-4
+    assert not (last_out(tmp_path) / "experts.json").exists()
+
+
+@pytest.mark.slow
+def test_bfloat16_rollouts_are_trained_on_with_their_own_routing(source, tmp_path):
+    run(source, tmp_path, SilentReporter(), rollout_dtype="bfloat16", steps=1)
+    (row,) = json.loads((last_out(tmp_path) / "history.json").read_text())["steps"]
+    assert row["r3/used_mismatch"] == 0
+    assert 1e-7 < row["r3/k3_kl"] < 1e-2

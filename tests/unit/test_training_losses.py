@@ -1,0 +1,78 @@
+"""Router losses against their closed forms, and buffered batches against concatenated ones. T tokens, E experts."""
+
+import pytest
+import torch
+
+from moestro.models.routing import RoutingRecord
+from moestro.training.losses import (
+    RouterLosses,
+    expert_counts,
+    load_balancing_loss,
+    load_variation,
+    max_violation,
+    z_loss,
+)
+
+
+def record_of(logits_TE: torch.Tensor, top_k: int = 2) -> RoutingRecord:
+    weights, ids = logits_TE.softmax(-1).topk(top_k)
+    return RoutingRecord(logits=[logits_TE, -logits_TE], ids=[ids, (-logits_TE).topk(top_k).indices], weights=[weights])
+
+
+def test_balanced_routing_costs_one() -> None:
+    assert float(load_balancing_loss(torch.full((4,), 8.0), torch.full((16, 4), 0.25))) == pytest.approx(1.0)
+
+
+def test_everything_to_one_expert_costs_the_number_of_experts() -> None:
+    one_hot_TE = torch.zeros(16, 4)
+    one_hot_TE[:, 2] = 1
+    counts_E = expert_counts(torch.full((16, 1), 2), 4)
+    assert float(load_balancing_loss(counts_E, one_hot_TE)) == pytest.approx(4.0)
+    assert max_violation(counts_E) == pytest.approx(3.0)
+    assert load_variation(counts_E) == pytest.approx(3**0.5)
+
+
+def test_z_loss_of_uniform_logits() -> None:
+    assert float(z_loss(torch.zeros(8, 4))) == pytest.approx(float(torch.tensor(4.0).log() ** 2))
+
+
+def test_micro_batches_in_the_buffer_equal_the_concatenated_batch() -> None:
+    logits_TE = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    whole, parts = RoutingRecord(), RoutingRecord()
+    one = RouterLosses(whole, load_balancing_coefficient=1.0, z_loss_coefficient=1.0)
+    many = RouterLosses(parts, load_balancing_coefficient=1.0, z_loss_coefficient=1.0)
+    whole.logits, whole.ids = record_of(logits_TE).logits, record_of(logits_TE).ids
+    loss = one.loss()
+    for part_TE in logits_TE.chunk(4):
+        parts.logits, parts.ids = record_of(part_TE).logits, record_of(part_TE).ids
+        many.loss()
+    assert many.metrics() == pytest.approx(one.metrics(), rel=1e-6)
+    assert one.metrics()["load_balancing_loss"] + one.metrics()["z_loss"] == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_the_last_micro_batch_sees_the_counts_of_the_whole_step() -> None:
+    """Its gradient is E f_i dP_i / layers with f over all micro-batches; the first sees only its own counts."""
+    generator = torch.Generator().manual_seed(1)
+    first_TE, last_TE = torch.randn(2, 16, 4, generator=generator)
+    record = RoutingRecord()
+    losses = RouterLosses(record, load_balancing_coefficient=1.0, z_loss_coefficient=0.0)
+    for step in range(2):  # a second step must start from empty buffers
+        losses.begin()
+        for part_TE in (first_TE, last_TE):
+            leaf_TE = part_TE.clone().requires_grad_()
+            record.logits, record.ids = [leaf_TE], [leaf_TE.topk(1).indices]
+            losses.loss().backward()
+        counts_E = expert_counts(torch.cat([first_TE, last_TE]).topk(1).indices, 4).float()
+        check_TE = last_TE.clone().requires_grad_()
+        load_balancing_loss(counts_E, check_TE.softmax(-1)).backward()
+        torch.testing.assert_close(leaf_TE.grad, check_TE.grad, msg=f"step {step}")
+
+
+def test_the_balance_loss_pushes_the_crowded_expert_down() -> None:
+    logits_TE = torch.zeros(8, 4)
+    logits_TE[:, 1] = 1.0
+    leaf_TE = logits_TE.requires_grad_()
+    load_balancing_loss(torch.tensor([0.0, 8.0, 0.0, 0.0]), leaf_TE.softmax(-1)).backward()
+    assert leaf_TE.grad is not None
+    assert (leaf_TE.grad[:, 1] > 0).all()
+    assert (leaf_TE.grad[:, [0, 2, 3]] < 0).all()

@@ -1,0 +1,101 @@
+"""Tuning trains an MoE on all domains: its routers alone or all of it, kept in balance by the auxiliary loss."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from moestro.artifacts import Artifact, Job
+from moestro.config import OptimizerConfig, TrainingConfig, TuneConfig
+from moestro.data.tokenizer import train_bpe
+from moestro.errors import InputError
+from moestro.models.checkpoint import load_model, read_origins, save_model
+from moestro.tuning import tune
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+ORIGINS = [["code", "math", "prose", "seed"]] * 2
+TRAINING = TrainingConfig(steps=6, batch_size=4, accumulation=2, sequence_length=16, log_every=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def saved(model: PreTrainedModel, folder: Path, origins: list[list[str]] | None) -> Artifact:
+    train_bpe(["some text"], 300).save_pretrained(folder / "tokenizer")
+    save_model(model, folder / "model", tokenizer_from=folder / "tokenizer", origins=origins)
+    return Artifact(folder / "model", "mix", "m")
+
+
+def mixed(folder: Path) -> Artifact:
+    """An MoE whose routers send nearly everything to experts 0 and 1."""
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight[0] = 0
+            layer.mlp.gate.weight[2:] = layer.mlp.gate.weight[:2] - 0.05 * layer.mlp.gate.weight[:2].sign()
+    return saved(model, folder, ORIGINS)
+
+
+def tokens_in(folder: Path) -> dict[str, Artifact]:
+    for number, domain in enumerate(("code", "math")):
+        (folder / domain).mkdir(parents=True)
+        ids = np.random.default_rng(number).integers(0, 300, 800).astype(np.uint16)
+        np.save(folder / domain / "train.npy", ids)
+        np.save(folder / domain / "train_documents.npy", np.zeros(1, dtype=np.int64))
+    return {domain: Artifact(folder / domain, "tokens", domain) for domain in ("code", "math")}
+
+
+def job_in(folder: Path) -> Job:
+    (folder / "out").mkdir(parents=True)
+    (folder / "scratch").mkdir()
+    return Job(out=folder / "out", scratch=folder / "scratch")
+
+
+@pytest.mark.parametrize("trainable", ["router", "all"])
+def test_what_tuning_changes(tmp_path: Path, trainable: str) -> None:
+    model = mixed(tmp_path)
+    config = TuneConfig.model_validate({"training": TRAINING, "trainable": trainable, "z_loss_coefficient": 0.001})
+    result = tune(config, model=model, tokens=tokens_in(tmp_path), job=job_in(tmp_path / "job"))
+    before = dict(load_model(model.path).named_parameters())
+    after = dict(load_model(tmp_path / "job/out", tokenizer=True).named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if trainable == "all" or name.endswith("mlp.gate.weight")}
+    assert read_origins(tmp_path / "job/out") == ORIGINS
+    rows = json.loads((tmp_path / "job/out/history.json").read_text())["steps"]
+    assert result["load_balancing_loss"] == rows[-1]["load_balancing_loss"]
+    assert result["max_violation"] == rows[-1]["max_violation"]
+
+
+def test_the_balance_loss_balances(tmp_path: Path) -> None:
+    """From the same start, the run with a heavy balance loss ends with its experts loaded more evenly."""
+    model, tokens = mixed(tmp_path), tokens_in(tmp_path)
+    optimizer = OptimizerConfig(learning_rate=2e-2, warmup_steps=0, weight_decay=0.0)
+    training = TRAINING.model_copy(update={"steps": 20, "optimizer": optimizer})
+    ends = {}
+    for coefficient in (0.0, 10.0):
+        config = TuneConfig(training=training, trainable="router", load_balancing_coefficient=coefficient)
+        ends[coefficient] = tune(config, model=model, tokens=tokens, job=job_in(tmp_path / f"job{coefficient}"))
+    assert ends[10.0]["max_violation"] < 0.5 * ends[0.0]["max_violation"]
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    dense = saved(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path, None)
+    with pytest.raises(InputError, match="has no router to tune"):
+        tune(TuneConfig(training=TRAINING), model=dense, tokens=tokens_in(tmp_path), job=job_in(tmp_path / "job"))
