@@ -27,7 +27,8 @@ def figures(record: Record) -> str:
     """The stage's key figures in a few words."""
     result = record.result
     show = SHOWN.get(record.stage, ())
-    parts = [f"{label} {_number(result[key])}" for key, label in show if result.get(key) is not None]
+    values = {label: _at(result, key) for key, label in show}
+    parts = [f"{label} {_number(value)}" for label, value in values.items() if value is not None]
     if record.stage == "evaluate":
         losses = [f"{domain} {loss:.3f}" for domain, loss in result["held_out_loss"].items()]
         parts = [f"loss {', '.join(losses)}", *parts]
@@ -46,12 +47,18 @@ SHOWN: dict[str, tuple[tuple[str, str], ...]] = {
     "mix": (("experts", "experts"), ("parameters", "parameters")),
     "tune": (("final_loss", "loss"), ("tokens_per_second", "tokens/s")),
     "rl": (("reward_first", "reward"), ("reward_last", "to"), ("k3", "k3")),
-    "compress": (("parameters_before", "parameters"), ("parameters", "to")),
+    "compress": (("before.parameters", "parameters"), ("after.parameters", "to"), ("size_ratio", "smaller by")),
     "evaluate": (("task_accuracy", "accuracy"),),
     "profile": (("dead_experts", "dead experts"),),
     "deploy": (("max_logprob_difference", "max |dlogp|"), ("routing_agreement", "routes equal")),
 }
-"""Which figures of a stage's result stand in its row, with their labels."""
+"""Which figures of a stage's result stand in its row (dots lead inwards), with their labels."""
+
+
+def _at(result: Any, key: str) -> Any:
+    for part in key.split("."):
+        result = result.get(part) if isinstance(result, dict) else None
+    return result
 
 
 def _number(value: Any) -> str:
@@ -59,7 +66,7 @@ def _number(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def _record(step: StepRun, store: ArtifactStore) -> Record | None:

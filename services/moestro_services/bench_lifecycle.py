@@ -79,9 +79,9 @@ def directly(config: LifecycleConfig, store: ArtifactStore) -> float:
 
     resources = Resources(cpus=os.cpu_count())
 
-    def call(_name: str, stage: str, stage_config: Config, **inputs: Any) -> Artifact:
+    def call(name: str, stage: str, config: Config, **inputs: Any) -> Artifact:  # noqa: ARG001
         extras = {"engine": VllmEngine} if STAGES[stage].needs_engine else {}
-        return run_step(store, Step(stage, stage_config, inputs), resources=resources, extras=extras)
+        return run_step(store, Step(stage, config, inputs), resources=resources, extras=extras)
 
     started = time.monotonic()
     walk(config, call)

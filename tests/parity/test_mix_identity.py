@@ -1,4 +1,8 @@
-"""An MoE of identical experts with a zero router is the dense model: the same logits, bit for bit."""
+"""An MoE of identical experts with a zero router is the dense model.
+
+With transformers' own experts the logits are the same bit for bit. Moestro's experts add float32 products in another
+order than the dense model does, so there it is the rounding error that is compared.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,10 @@ DENSE = {
 }
 
 
+EXACT = ("eager", "grouped_mm")
+"""Experts implementations that multiply as the dense model does."""
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -79,8 +87,11 @@ def test_identical_experts_equal_the_dense_model(name: str, tokenizer: Path, tmp
     ids_BS = torch.randint(320, (2, 33), generator=torch.Generator().manual_seed(1))
     for dtype in (torch.float32, torch.bfloat16):
         dense = logits(tmp_path / "seed", ids_BS, dtype, "eager")
-        for experts in ("eager", "grouped_mm", "moestro"):
+        for experts in EXACT:
             assert torch.equal(logits(tmp_path / "mix", ids_BS, dtype, experts), dense), (dtype, experts)
+    dense = logits(tmp_path / "seed", ids_BS, torch.float32, "eager")
+    moestro = logits(tmp_path / "mix", ids_BS, torch.float32, "moestro")
+    torch.testing.assert_close(moestro, dense, atol=1e-5 * float(dense.abs().max()), rtol=0)
 
 
 def test_identical_experts_nearly_equal_the_dense_model_with_any_router(tokenizer: Path, tmp_path: Path) -> None:
@@ -112,5 +123,11 @@ def test_smollm2_becomes_experts_without_changing_a_bit(tmp_path: Path) -> None:
     assert "Paris" in tokenizer.decode(answer)
     with torch.no_grad():
         expected = dense(prompt).logits
+    del dense
     mix_copies(tmp_path / "seed", tmp_path / "mix", 2)
-    assert torch.equal(logits(tmp_path / "mix", prompt, torch.float32, "moestro"), expected)
+    for experts in EXACT:
+        assert torch.equal(logits(tmp_path / "mix", prompt, torch.float32, experts), expected), experts
+    exact = logits(tmp_path / "seed", prompt, torch.float64, "eager")
+    moestro = logits(tmp_path / "mix", prompt, torch.float32, "moestro")
+    # No further from the exact result than the dense model's own rounding takes it, give or take.
+    assert (moestro - exact).abs().mean() < 4 * (expected - exact).abs().mean()

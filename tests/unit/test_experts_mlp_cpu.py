@@ -172,5 +172,5 @@ def test_plan_gives_every_choice_a_row_of_its_own_in_its_experts_tile(row_multip
     assert num_rows <= most_rows(37 * 3, 9, row_multiple)
 
 
-def test_padding_unit_is_a_power_of_two_and_at_most_a_32nd_of_an_average_expert():
-    assert [padding_unit(choices, 8) for choices in (8, 255, 256, 4096, 100_000)] == [1, 1, 1, 16, 256]
+def test_padding_unit_is_a_power_of_two_and_at_most_a_64th_of_an_average_expert():
+    assert [padding_unit(choices, 8) for choices in (8, 511, 512, 4096, 100_000)] == [1, 1, 1, 8, 128]

@@ -47,9 +47,10 @@ def mixed(folder: Path) -> Artifact:
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None))
     with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0.1  # a direction that all tokens share, and that two experts like
         for layer in model.model.layers:
-            layer.post_attention_layernorm.weight[0] = 0
-            layer.mlp.gate.weight[2:] = layer.mlp.gate.weight[:2] - 0.05 * layer.mlp.gate.weight[:2].sign()
+            layer.mlp.gate.weight[:2, 0] = 0.2
+            layer.mlp.gate.weight[2:, 0] = -0.2
     return saved(model, folder, ORIGINS)
 
 

@@ -109,8 +109,7 @@ def bench(*, seconds: float = 1.5) -> dict[str, Any]:
         "notes": [
             f"{torch.get_num_threads()} threads. Times: medians of interleaved rounds. Ratios: taken within a round.",
             "GFLOP/s count the matmuls and take the least time.",
-            f"Every row cycles through {NUM_ROUTINGS} random routings, all seen before the clock starts: no figure holds "
-            "oneDNN's compilation of new shapes.",
+            f"Every row cycles through {NUM_ROUTINGS} random routings, all seen before the clock starts.",
             "batched_mm is left out: it copies the weights once per choice (4 to 15 GB here).",
             f"A time in brackets is a single run of a rival more than {HOPELESS:g} times slower.",
         ],

@@ -25,10 +25,10 @@ from torch.nn import functional
 
 from moestro_kernels.experts_mlp.plan import DispatchPlan, plan_dispatch
 
-# A block of rows this large amortises PyTorch's cost per call while its activations stay in the second-level cache.
-BLOCK_ROWS = 512
-# One padding unit per this many rows of an average expert: at most 1/32 more rows, about a dozen distinct shapes.
-ROWS_PER_PADDING_UNIT = 32
+# A block of this many gate and up values amortises PyTorch's cost per call and stays in a core's second-level cache.
+BLOCK_VALUES = 1 << 19
+# One padding unit per this many rows of an average expert: under 1 % more rows, a few dozen distinct shapes.
+ROWS_PER_PADDING_UNIT = 64
 
 
 @dataclass(frozen=True)
@@ -134,31 +134,33 @@ class _ExpertsMLP(torch.autograd.Function):
         num_experts = gate_up_E2FD.shape[0]
         with torch.autocast("cpu", enabled=False):
             plan = plan_dispatch(index_TK, num_experts, row_multiple=padding_unit(index_TK.numel(), num_experts))
-            blocks = list(_blocks(plan.starts_E1.tolist(), BLOCK_ROWS))
+            blocks = list(_blocks(plan.starts_E1.tolist(), BLOCK_VALUES // gate_up_E2FD.shape[1]))
             gate_up, down = gate_up_E2FD.to(dtype), down_EDF.to(dtype)
             rows_PD = _gather(x_TD, plan, dtype)
             out_PD = torch.empty_like(rows_PD)
-            gate_up_out: list[torch.Tensor] = []
+            keep = any(ctx.needs_input_grad)
+            kept: list[torch.Tensor] = []
             for block in blocks:
                 h_G2F = _grouped_product(rows_PD[block.start : block.end], gate_up, block, transpose=True)
                 gate_GF, up_GF = h_G2F.chunk(2, dim=1)
-                a_GF = functional.silu(gate_GF).mul_(up_GF)
+                silu_GF = functional.silu(gate_GF)
+                a_GF = silu_GF * up_GF
                 out_GD = out_PD[block.start : block.end]
                 for expert, first, end in block.experts:
                     _product_into(out_GD[first:end], a_GF[first:end], down[expert].t())
-                if any(ctx.needs_input_grad):
-                    gate_up_out.append(h_G2F)
+                if keep:
+                    kept += [h_G2F, silu_GF]
             y_TD = _combine(out_PD, plan, weights_TK).to(x_TD.dtype)
-        if any(ctx.needs_input_grad):
+        if keep:
             ctx.plan, ctx.blocks, ctx.dtype = plan, blocks, dtype
             ctx.dtypes = (x_TD.dtype, weights_TK.dtype, gate_up_E2FD.dtype, down_EDF.dtype)
-            ctx.save_for_backward(weights_TK, gate_up, down, rows_PD, out_PD, *gate_up_out)
+            ctx.save_for_backward(weights_TK, gate_up, down, rows_PD, out_PD, *kept)
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weights_TK, gate_up, down, rows_PD, out_PD, *gate_up_out = ctx.saved_tensors
+        weights_TK, gate_up, down, rows_PD, out_PD, *kept = ctx.saved_tensors
         plan: DispatchPlan = ctx.plan
         x_dtype, weights_dtype, gate_up_dtype, down_dtype = ctx.dtypes
         need_x, _, need_weights, need_gate_up, need_down, _ = ctx.needs_input_grad
@@ -172,9 +174,9 @@ class _ExpertsMLP(torch.autograd.Function):
             dx_PD = torch.empty_like(rows_PD) if need_x else None
             dgate_up = torch.empty_like(gate_up, dtype=gate_up_dtype) if need_gate_up else None
             ddown = torch.empty_like(down, dtype=down_dtype) if need_down else None
-            for block, h_G2F in zip(ctx.blocks, gate_up_out, strict=True):
+            for block, h_G2F, silu_GF in zip(ctx.blocks, kept[::2], kept[1::2], strict=True):
                 span = slice(block.start, block.end)
-                dh_G2F, a_GF = _block_backward(dout_PD[span], h_G2F, down, block)
+                dh_G2F, a_GF = _block_backward(dout_PD[span], h_G2F, silu_GF, down, block)
                 for expert, first, end in block.experts:
                     rows = slice(block.start + first, block.start + end)
                     if ddown is not None:
@@ -193,14 +195,13 @@ class _ExpertsMLP(torch.autograd.Function):
 
 
 def _block_backward(
-    dout_GD: torch.Tensor, h_G2F: torch.Tensor, down: torch.Tensor, block: _Block
+    dout_GD: torch.Tensor, h_G2F: torch.Tensor, silu_GF: torch.Tensor, down: torch.Tensor, block: _Block
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Through down projection and SwiGLU: the gradient of the gate and up projections' output, and a = silu(g) * u."""
     gate_GF, up_GF = h_G2F.chunk(2, dim=1)
     da_GF = _grouped_product(dout_GD, down, block, transpose=False)
-    silu_GF = functional.silu(gate_GF)
     dh_G2F = torch.empty_like(h_G2F)
     dgate_GF, dup_GF = dh_G2F.chunk(2, dim=1)
     torch.mul(da_GF, silu_GF, out=dup_GF)
     torch.ops.aten.silu_backward.grad_input(da_GF.mul_(up_GF), gate_GF, grad_input=dgate_GF)
-    return dh_G2F, silu_GF.mul_(up_GF)
+    return dh_G2F, silu_GF * up_GF

@@ -13,6 +13,9 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+WIDTH = 140
+"""Columns of what is printed into a file or a pipe."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
@@ -21,7 +24,9 @@ def emit(data: Any, render: Callable[[], RenderableType], *, json: bool) -> None
     if json:
         sys.stdout.write(json_format.dumps(_plain(data), indent=2, ensure_ascii=False) + "\n")
     else:
-        Console().print(render())
+        made = render()
+        terminal = Console()
+        (terminal if terminal.is_terminal else Console(width=WIDTH)).print(made)
 
 
 def _plain(value: Any) -> Any:
