@@ -19,6 +19,7 @@ from moestro.stages import STAGES
 from moestro_flows.events import LISTENER, Listener
 from moestro_flows.home import Home
 from moestro_flows.plan import Plan
+from moestro_flows.preflight import preflight
 from moestro_flows.tracking import TrackedStep, Tracking
 
 MIN_FREE_BYTES = 500_000_000
@@ -52,6 +53,8 @@ class Session:
         with exclusive(home.lock, what=f"The home {home.path}"):
             check_disk(home)
             plan = Plan.of(config, home.store)
+            if any(step.action == "run" for step in plan.steps):
+                preflight(config)
             now = datetime.now(UTC)
             run = LifecycleRun(
                 id=f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
