@@ -3,8 +3,8 @@
 Both are small (some 10 and 3 MB), so they are read whole; `identify_builtin` hashes exactly what is read.
 """
 
+import email
 import hashlib
-import importlib.metadata
 import io
 import os
 import re
@@ -78,13 +78,16 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 
 def _descriptions() -> Iterator[tuple[str, str]]:
+    # Read as files from the one folder of installed packages: what importing Ray or importlib_metadata does to
+    # `sys.path` and `importlib.metadata` in a process must not change what the corpus is.
+    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     found: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():
-        metadata = distribution.metadata
+    for path in sorted(path for folder in folders for path in Path(folder).glob("*.dist-info/METADATA")):
+        metadata = email.message_from_string(path.read_text(encoding="utf-8", errors="replace"))
         name = re.sub(r"[-_.]+", "-", metadata["Name"] or "").lower()
-        # The first on the path is the one that is imported; Moestro's own text must not change its corpora.
-        if name and name != "moestro" and name not in found:
-            found[name] = str(metadata.get_payload() or metadata["Description"] or "")  # type: ignore[attr-defined]
+        # Moestro's own text must not change its corpora.
+        if name and name != "moestro":
+            found[name] = str(metadata.get_payload() or metadata["Description"] or "")
     for name, description in sorted(found.items()):
         yield f"package:{name}", clean_markup(description)
 

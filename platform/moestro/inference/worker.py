@@ -53,4 +53,19 @@ class WorkerExtension:
                 self.model_runner.reload_weights(weights_path=folder)
         finally:
             del model.load_weights
+        _repack_heads(model)
         return sorted(expected - loaded)
+
+
+def _repack_heads(model: Any) -> None:
+    """Pack the output head again from its present weights.
+
+    On the CPU vLLM multiplies by a packed copy of the head, which a reload renews only for a head with weights of its
+    own in the checkpoint. One that is tied to the embedding has none, and would go on with the old ones.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            method: Any = module.quant_method
+            method.process_weights_after_loading(module)
