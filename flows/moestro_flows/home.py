@@ -11,10 +11,12 @@ MOESTRO_DATABASE_URL. The environment is read here and nowhere below.
 
 import os
 import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from moestro.artifacts import ArtifactStore
+from moestro.errors import ConfigError
 
 DEFAULT = ".moestro"
 
@@ -53,7 +55,12 @@ class Home:
     @property
     def ray_address(self) -> str | None:
         """The Ray cluster to use; None starts one in place."""
-        return os.environ.get("RAY_ADDRESS")
+        return os.environ.get("RAY_ADDRESS") or None
+
+    @property
+    def prefect_url(self) -> str | None:
+        """The API of the Prefect server to use; None starts an ephemeral one."""
+        return os.environ.get("PREFECT_API_URL") or None
 
     @property
     def database_url(self) -> str:
@@ -72,9 +79,15 @@ class Home:
 
     def prepare(self) -> None:
         """Make the folder and set the environment of this process and its children. Call before importing Prefect,
-        MLflow, Ray or vLLM: they read their settings once."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.logs.mkdir(exist_ok=True)
+        MLflow, Ray or vLLM: they read their settings once. Raises `ConfigError` if the folder cannot be made."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be the home folder ({error.strerror}).", hint="Point MOESTRO_HOME elsewhere."
+            ) from None
         for name, value in self.environment().items():
             os.environ.setdefault(name, value)
         if self.ray_address is None:

@@ -1,4 +1,4 @@
-"""What can be found wrong before any work is done, beyond what config validation and the plan's look at sources find."""
+"""What can be found wrong before any work is done, beyond what config validation and the plan find."""
 
 from moestro.config import LifecycleConfig
 from moestro.data.tasks import Task

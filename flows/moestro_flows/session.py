@@ -14,12 +14,13 @@ from moestro.artifacts import Artifact, LifecycleRun, Record, StepRun, exclusive
 from moestro.cluster import Cluster
 from moestro.config import LifecycleConfig, Resources
 from moestro.errors import ResourceError, StoppedError
-from moestro.execution import Step, find_step, run_step
+from moestro.execution import Step, run_step
 from moestro.stages import STAGES
 from moestro_flows.events import LISTENER, Listener
 from moestro_flows.home import Home
 from moestro_flows.plan import Plan
 from moestro_flows.preflight import preflight
+from moestro_flows.server import take_over
 from moestro_flows.tracking import TrackedStep, Tracking
 
 MIN_FREE_BYTES = 500_000_000
@@ -52,6 +53,7 @@ class Session:
         home.prepare()
         with exclusive(home.lock, what=f"The home {home.path}"):
             check_disk(home)
+            take_over(home)
             plan = Plan.of(config, home.store)
             if any(step.action == "run" for step in plan.steps):
                 preflight(config)
@@ -88,21 +90,21 @@ class Session:
             raise StoppedError
         begun, started_at = time.monotonic(), datetime.now(UTC)
         self.listener.started(name)
-        artifact = find_step(self.home.store, step)
-        reused = artifact is not None
-        fingerprint = artifact.fingerprint if artifact else step.identity(step.roles())
-        with self.tracking.step(name, step, fingerprint, reused=reused) as tracked:
-            try:
-                artifact = artifact or self._make(name, step, tracked)
-            except BaseException as error:
-                self._fail(error)
-                self._note(name, step.stage, fingerprint, started_at, begun, tracked.run_id, error=error)
-                raise
-            record = artifact.record
-            tracked.finish(artifact, record)
-            self.tracking.note(name, artifact, record)
+        fingerprint, mlflow_run_id = step.identity(step.roles()), ""
+        try:
+            found = self.home.store.find(step.stage, fingerprint)
+            with self.tracking.step(name, step, fingerprint, reused=found is not None) as tracked:
+                mlflow_run_id = tracked.run_id
+                artifact = found or self._make(name, step, tracked)
+                record = artifact.record
+                tracked.finish(artifact, record)
+                self.tracking.note(name, artifact, record)
+        except BaseException as error:
+            self._fail(error)
+            self._note(name, step.stage, fingerprint, started_at, begun, mlflow_run_id, error=error)
+            raise
         done = self._note(
-            name, step.stage, fingerprint, started_at, begun, tracked.run_id, reused=reused, record=record
+            name, step.stage, fingerprint, started_at, begun, mlflow_run_id, reused=found is not None, record=record
         )
         return done, artifact
 
@@ -119,7 +121,11 @@ class Session:
                 self.home.store, step, resources=resources, reporter=reporter, stopped=self._stopped.is_set
             )
         resources = self._share(None)
-        extras = {"engine": self.cluster.engine_factory(resources)} if STAGES[step.stage].needs_engine else {}
+        extras = (
+            {"engine": self.cluster.engine_factory(resources, self._stopped.is_set)}
+            if STAGES[step.stage].needs_engine
+            else {}
+        )
         with self._local:
             if self._stopped.is_set():
                 raise StoppedError

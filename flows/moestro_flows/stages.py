@@ -11,9 +11,9 @@ from typing import Any
 from moestro.artifacts import Artifact
 from moestro.config import Config, load_lifecycle
 from moestro.execution import Step
+from moestro.interrupts import interrupts_held
 from moestro_flows.home import Home
 from moestro_flows.lifecycle import walk
-from moestro_flows.server import remember_server
 from moestro_flows.session import Session
 from moestro_flows.summary import figures, rows
 
@@ -22,15 +22,22 @@ Home.current().prepare()  # Prefect reads its settings once, when it is imported
 from prefect import flow, task  # noqa: E402
 from prefect.artifacts import create_markdown_artifact, create_table_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.futures import PrefectFuture  # noqa: E402
 from prefect.states import Completed, State  # noqa: E402
+
+
+def run_lifecycle(config_path: Path, name: str) -> str:
+    """Run the flow from a terminal: Prefect's ephemeral server, if there is to be one, is kept from its Ctrl-C."""
+    with interrupts_held(), get_client(sync_client=True) as client:
+        client.hello()
+    return lifecycle(str(config_path), name=name)
 
 
 @flow(name="lifecycle", flow_run_name="{name}", validate_parameters=False)
 def lifecycle(config_path: str, name: str = "lifecycle") -> str:  # noqa: ARG001  (`name` names the flow run)
     """Run the lifecycle that the YAML file describes; returns the run's id, under which its record lies in the home."""
     home = Home.current()
-    remember_server(home)
     with Session.open(home, load_lifecycle(Path(config_path))) as session:
         futures: list[PrefectFuture[Any]] = []
 

@@ -8,10 +8,11 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from moestro import figures
-from moestro.artifacts import Artifact, LifecycleRun, Record
+from moestro.artifacts import Artifact, LifecycleRun, Record, read_runs
 from moestro.errors import StoppedError
 from moestro.execution import Step
 from moestro.registry import Registry, TrackedRun, Tracker, connect
@@ -66,6 +67,8 @@ class Tracking:
         tracker.reconcile()
         tags = {"moestro.run": run.id}
         tracked = tracker.start(run.name, parent=None, params=run.config, tags=tags)
+        for killed in end_killed(home.runs):
+            registry.index_run(killed)
         registry.index_run(run)
         tracked.tag("reused", ", ".join(name for name, action in steps if action == "reuse"))
         return cls(tracker, registry, tracked)
@@ -110,6 +113,15 @@ class Tracking:
                     self._tracker.register(model_name, self._final[0], run_id=self.run_id, alias="champion")
             self._run.finish(run.status)
             self._registry.close()
+
+
+def end_killed(runs: Path) -> Iterator[LifecycleRun]:
+    """Runs whose process was killed, with records that say so. The home's lock is held: no other run is alive."""
+    for run in read_runs(runs):
+        if run.status == "running":
+            ended = run.model_copy(update={"status": "cancelled"})
+            ended.write(runs)
+            yield ended
 
 
 def step_figures(artifact: Artifact, registry: Registry) -> dict[str, Any]:

@@ -5,6 +5,7 @@ travels through one small actor, the board, that the driver empties while it wai
 """
 
 import os
+import socket
 import threading
 import time
 from collections import defaultdict
@@ -17,8 +18,10 @@ from moestro.config import Resources
 from moestro.errors import MoestroError, ResourceError, StoppedError
 from moestro.execution import Step, run_step
 from moestro.inference.engine import EngineConfig, EngineFactory
+from moestro.interrupts import interrupts_held
 
 POLL_SECONDS = 0.5
+REACH_SECONDS = 10
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 
 
@@ -32,18 +35,27 @@ class Cluster:
         self._ready = threading.Event()
 
     def connect(self) -> None:
-        """Connect, or start Ray. Call it from the main thread, where Ray can handle signals; `run` waits for it."""
+        """Connect, or start Ray. Call it from the main thread, where Ray can handle signals; `run` waits for it.
+
+        Raises `ResourceError` if there is no cluster at the address.
+        """
         import ray
 
+        if self.address:
+            _reach(self.address)
         own = {} if self.address else {"num_cpus": self.cpus, "object_store_memory": OBJECT_STORE_BYTES}
-        ray.init(
-            address=self.address,
-            include_dashboard=None if self.address else False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=False,
-            **own,
-        )
+        try:
+            with interrupts_held():
+                ray.init(
+                    address=self.address,
+                    include_dashboard=None if self.address else False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    configure_logging=False,
+                    **own,
+                )
+        except (ConnectionError, ValueError) as error:
+            raise _no_cluster(self.address, error) from error
         self._board = ray.remote(_Board).options(num_cpus=0).remote()
         self._ready.set()
 
@@ -57,9 +69,7 @@ class Cluster:
         """
         import ray
 
-        while not self._ready.wait(POLL_SECONDS):
-            if stopped():
-                raise StoppedError
+        self._wait(stopped)
         board = self._board
         cpus = resources.cpus or self.cpus
         if cpus > (available := int(ray.cluster_resources().get("CPU", 0))):
@@ -90,17 +100,26 @@ class Cluster:
         _forward(ray.get(board.take.remote(key)), reporter)
         return artifact
 
-    def engine_factory(self, resources: Resources) -> EngineFactory:
-        """Makes rollout engines that live in a Ray actor and die with it, or with the driver."""
+    def engine_factory(self, resources: Resources, stopped: Callable[[], bool]) -> EngineFactory:
+        """Makes rollout engines that live in a Ray actor and die with it, or with the driver.
+
+        `stopped` is asked while the cluster is not connected yet; once it says yes, `StoppedError` is raised.
+        """
 
         def make(folder: Path, config: EngineConfig) -> "RemoteEngine":
             import ray
 
-            self._ready.wait()
+            self._wait(stopped)
             host = ray.remote(_EngineHost).options(num_cpus=resources.cpus or self.cpus, max_restarts=0)
             return RemoteEngine(host.remote(folder, config))
 
         return make
+
+    def _wait(self, stopped: Callable[[], bool]) -> None:
+        """Wait until `connect` has been called and is done: it may fail, and then nobody else would say so."""
+        while not self._ready.wait(POLL_SECONDS):
+            if stopped():
+                raise StoppedError
 
     def shutdown(self) -> None:
         """Leave the cluster; one started here ends with all its processes."""
@@ -110,6 +129,25 @@ class Cluster:
 
         self._ready.clear()
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise `ResourceError` at once where Ray would try for minutes; `auto` and `ray://` are left to Ray."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "://" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str | None, error: Exception) -> ResourceError:
+    words = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    if address is None:
+        return ResourceError(f"Ray does not start: {words}.")
+    return ResourceError(
+        f"There is no Ray cluster at {address}: {words}.", hint="Start it, or unset RAY_ADDRESS to start one in place."
+    )
 
 
 class RemoteEngine:
@@ -129,8 +167,9 @@ class RemoteEngine:
                     raise error.cause from None
                 raise
             except ray.exceptions.RayActorError as error:
+                # Ray's first lines say which actor, the last one why.
                 raise ResourceError(
-                    f"The rollout engine died: {str(error).splitlines()[0]}",
+                    f"The rollout engine died: {str(error).strip().splitlines()[-1]}",
                     hint="Run the same command again: it resumes from the last update.",
                 ) from error
 

@@ -40,11 +40,6 @@ class Step:
         return identify(self.stage, self.config, {role: item.fingerprint for role, item in roles.items()})
 
 
-def find_step(store: ArtifactStore, step: Step) -> Artifact | None:
-    """The published, verified artifact of `step`, if there is one."""
-    return store.find(step.stage, step.identity(step.roles()))
-
-
 def run_step(
     store: ArtifactStore,
     step: Step,

@@ -1,7 +1,7 @@
 """The stages, one line each: what they are called, which config they take, and the pure function that does the work.
 
 A stage is `function(config, **inputs, job=job) -> result`: it fills `job.out` and returns its key figures as JSON
-values. Its inputs are artifacts, or mappings of names to artifacts where there is one per domain. `version` is the
+values. Its inputs are artifacts, or, where `per_domain` has them, mappings of names to artifacts. `version` is the
 stage's semantic version: raise it when the same config and inputs would give another result. `sources` names a
 function `(config) -> {name: fingerprint}` that identifies material from outside the store. `on_cluster` stages
 train; they run as Ray tasks.
@@ -24,6 +24,7 @@ class Stage:
     config: Any
     function: str
     inputs: tuple[str, ...] = ()
+    per_domain: tuple[str, ...] = ()
     sources: str = ""
     on_cluster: bool = False
     needs_engine: bool = False
@@ -45,6 +46,7 @@ STAGES: dict[str, Stage] = {
         config=config.SeedConfig,
         function="moestro.seeding:seed",
         inputs=("corpora",),
+        per_domain=("corpora",),
         sources="moestro.seeding.sources:identify",
         on_cluster=True,
     ),
@@ -59,27 +61,48 @@ STAGES: dict[str, Stage] = {
         on_cluster=True,
     ),
     "mix": Stage(
-        version="1", config=config.MixConfig, function="moestro.mixing:mix", inputs=("seed", "branches", "tokens")
+        version="1",
+        config=config.MixConfig,
+        function="moestro.mixing:mix",
+        inputs=("seed", "branches", "tokens"),
+        per_domain=("branches", "tokens"),
     ),
     "tune": Stage(
         version="1",
         config=config.TuneConfig,
         function="moestro.tuning:tune",
         inputs=("model", "tokens"),
+        per_domain=("tokens",),
         on_cluster=True,
     ),
     "rl": Stage(version="1", config=config.RlConfig, function="moestro.rl:rl", inputs=("model",), needs_engine=True),
     "compress": Stage(
-        version="1", config=config.CompressConfig, function="moestro.compression:compress", inputs=("model", "tokens")
+        version="1",
+        config=config.CompressConfig,
+        function="moestro.compression:compress",
+        inputs=("model", "tokens"),
+        per_domain=("tokens",),
     ),
     "evaluate": Stage(
-        version="1", config=config.EvaluateConfig, function="moestro.evaluation:evaluate", inputs=("model", "tokens")
+        version="1",
+        config=config.EvaluateConfig,
+        function="moestro.evaluation:evaluate",
+        inputs=("model", "tokens"),
+        per_domain=("tokens",),
     ),
     "profile": Stage(
-        version="1", config=config.ProfileConfig, function="moestro.profiling:profile", inputs=("model", "tokens")
+        version="1",
+        config=config.ProfileConfig,
+        function="moestro.profiling:profile",
+        inputs=("model", "tokens"),
+        per_domain=("tokens",),
     ),
     "deploy": Stage(
-        version="1", config=config.DeployConfig, function="moestro.deployment:deploy", inputs=("model", "tokens")
+        version="1",
+        config=config.DeployConfig,
+        function="moestro.deployment:deploy",
+        inputs=("model", "tokens"),
+        per_domain=("tokens",),
     ),
 }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from moestro.artifacts import RECORD_NAME, Artifact, LifecycleRun, Record, read_runs
 from moestro.config import Config
@@ -56,13 +56,7 @@ class Catalog:
     @cached_property
     def runs(self) -> list[LifecycleRun]:
         """All runs, newest first; raises `ArtifactError` for a record that cannot be read."""
-        try:
-            return sorted(read_runs(self.home.runs), key=lambda run: run.id, reverse=True)
-        except ValidationError as error:
-            raise ArtifactError(
-                f"A run's record in {self.home.runs} cannot be read ({error.error_count()} errors).",
-                hint="Delete that file; artifacts do not depend on it.",
-            ) from None
+        return sorted(read_runs(self.home.runs), key=lambda run: run.id, reverse=True)
 
     @cached_property
     def entries(self) -> list[Entry]:

@@ -56,10 +56,10 @@ def dashboards(home: Home, ports: Ports, *, model: bool, say: Say) -> Iterator[D
     addresses = running.addresses
     commands = {
         "MLflow": (_external_mlflow(home), ports.mlflow, _mlflow),
-        "Prefect": (os.environ.get("PREFECT_API_URL", "").removesuffix("/api"), ports.prefect, _prefect),
+        "Prefect": ((home.prefect_url or "").removesuffix("/api"), ports.prefect, _prefect),
     }
-    started = {name: (_free(port), start) for name, (external, port, start) in commands.items() if not external}
-    _free(ports.gateway)
+    started = {name: (_free(port, name), start) for name, (external, port, start) in commands.items() if not external}
+    _free(ports.gateway, "Gateway")
     with ExitStack() as stack:
         for name, (port, start) in started.items():
             say(f"Starting {name} ...")
@@ -89,9 +89,9 @@ def _external_mlflow(home: Home) -> str:
     return home.mlflow_uri if home.mlflow_uri.startswith(("http://", "https://")) else ""
 
 
-def _free(port: int) -> int:
+def _free(port: int, name: str) -> int:
     """`port` itself, or a free one for 0; raises `BusyError` if it is in use."""
-    with listen(LOOPBACK, port) as probe:
+    with listen(LOOPBACK, port, option=f"--{name.lower()}-port") as probe:
         found: int = probe.getsockname()[1]
     return found
 
@@ -106,7 +106,7 @@ def _mlflow(home: Home, port: int) -> Child:
         "--workers": "1",
     }
     command = [sys.executable, "-m", "mlflow", "server", *(part for option in options.items() for part in option)]
-    return Child("MLflow", command, os.environ | home.environment(), log=home.logs / "mlflow.log")
+    return Child("MLflow", command, home.environment() | os.environ, log=home.logs / "mlflow.log")
 
 
 def _prefect(home: Home, port: int) -> Child:
@@ -117,5 +117,5 @@ def _prefect(home: Home, port: int) -> Child:
         "PREFECT_UI_API_URL": f"http://{LOOPBACK}:{port}/api",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)]
-    environment = os.environ | home.environment() | settings
+    environment = home.environment() | os.environ | settings
     return Child("Prefect", command, environment, log=home.logs / "prefect.log")

@@ -1,6 +1,7 @@
 """What a user sees of a lifecycle: reuse, plans, refusals, indexes, and nothing left running."""
 
 import json
+import os
 import shutil
 import signal
 import sqlite3
@@ -82,7 +83,7 @@ def test_interrupting_leaves_no_process_and_nothing_half_published(
         assert process.poll() is None, (home / "stderr.txt").read_text()
         assert time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait(60) == 130
     end = time.monotonic() + 30
     while left := processes_of(home):

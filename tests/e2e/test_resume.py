@@ -17,7 +17,7 @@ def run_until_checkpoint(moestro: Any, home: Path, stage: str) -> None:
     """Run until `stage` has left something to resume from, then kill -9 the driver."""
     process = moestro.start(home, "run", str(moestro.config), "--no-ask")
     end = time.monotonic() + DEADLINE
-    while not any(path.is_file() for path in home.glob(f"work/{stage}/*/scratch/**/*.safetensors")):
+    while not any(path.is_file() for path in home.glob(f"work/{stage}/*/scratch/**/step-*.pt")):
         assert process.poll() is None, (home / "stderr.txt").read_text()[-4000:]
         assert time.monotonic() < end, f"{stage} wrote no checkpoint"
         time.sleep(0.02)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,15 @@ from moestro_services.gateway.deployments import Deployment
 from moestro_services.gateway.listening import listen, serving
 
 NO_TEMPLATE = {"error": {"message": "no chat template", "type": "BadRequestError", "param": None, "code": 400}}
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """Commands that are called here set this process's environment; no other test shall see it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 class FixedUpstream:

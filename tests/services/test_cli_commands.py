@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console, Group
 from typer.testing import CliRunner
 
-from moestro.config import LifecycleConfig
-from moestro.errors import MoestroError
+from moestro.config import LifecycleConfig, validate
+from moestro.errors import BusyError, ConfigError, MoestroError
 from moestro_flows.home import Home
 from moestro_services.catalog import Catalog
 from moestro_services.cli.app import COMMANDS, app
+from moestro_services.cli.run import _render
+from moestro_services.dashboards import Ports, dashboards
+from moestro_services.gateway.listening import listen
 
 
 def run(*arguments: str) -> str:
@@ -78,6 +82,34 @@ def test_index_rebuild_counts(built_home: Home) -> None:
     counted = json.loads(run("index", "rebuild", "--json"))
     assert (counted["artifacts"], counted["runs"]) == (21, 1)
     assert (built_home.path / "registry.db").exists()
+
+
+def test_an_index_in_a_home_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOESTRO_HOME", str(tmp_path / "file"))
+    result: Any = CliRunner().invoke(app, ["index", "rebuild"])
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_a_port_in_use_is_named_with_its_option_before_anything_starts(built_home: Home) -> None:
+    said: list[str] = []
+    with listen("127.0.0.1", 0) as taken:
+        ports = Ports(gateway=0, mlflow=0, prefect=taken.getsockname()[1])
+        with pytest.raises(BusyError, match="--prefect-port"):
+            dashboards(built_home, ports, model=False, say=said.append).__enter__()
+    assert said == []
+
+
+def test_a_runs_summary_shows_whatever_the_model_answered(built_home: Home) -> None:
+    run = Catalog(built_home).run()
+    config = validate(LifecycleConfig, run.config, where="test")
+    row = {"step": "rl", "status": "completed", "seconds": 1.0, "figures": "a [/b]", "size_mb": 1.0, "artifact": "rl/1"}
+    answer = {"prompt": "[1] + [/x]", "completion": "[/INST] [bold]", "endpoint": "http://127.0.0.1:1/v1/completions"}
+    console = Console(width=140)
+    with console.capture() as shown:
+        console.print(Group(*_render(config, run, [row], answer)))
+    assert "'[1] + [/x]' -> '[/INST] [bold]'" in shown.get()
+    assert "a [/b]" in shown.get()
 
 
 def test_config_schema_is_the_configs(tmp_path: Path) -> None:

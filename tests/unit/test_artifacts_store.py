@@ -73,6 +73,8 @@ def test_a_flipped_bit_is_named_and_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"Corrupted artifact: .*/model\.bin does not match its digest"):
         store.find("mix", IDENTITY)
+    with pytest.raises(ArtifactError, match=r"Corrupted artifact: .*/model\.bin does not match its digest"):
+        Artifact.open(path.parent)
 
 
 def test_a_missing_file_is_named_and_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from moestro.artifacts import Artifact, Job
@@ -13,7 +14,7 @@ from moestro.branching import branch
 from moestro.config import BranchConfig, TrainingConfig
 from moestro.data.tokenizer import train_bpe
 from moestro.errors import InputError
-from moestro.models.checkpoint import load_model, save_model
+from moestro.models.checkpoint import load_model, save_model, stored_dtype
 
 SHAPE = {
     "vocab_size": 300,
@@ -68,6 +69,23 @@ def test_what_a_branch_changes(tmp_path: Path, trainable: str) -> None:
     assert changed == {name for name in before if trainable == "all" or ".mlp." in name}
     assert result["tokens"] == 6 * 4 * 16
     assert (tmp_path / "job/out/history.json").exists()
+
+
+def test_a_branch_is_stored_in_its_seeds_type(tmp_path: Path) -> None:
+    seed = saved(LlamaForCausalLM(LlamaConfig(**SHAPE)).bfloat16(), tmp_path)
+    config = BranchConfig(domain="code", training=TRAINING)
+    branch(config, seed=seed, tokens=tokens_in(tmp_path, "code"), job=job_in(tmp_path / "job"))
+    weights = load_file(tmp_path / "job/out/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert stored_dtype(tmp_path / "job/out") == torch.bfloat16
+
+
+def test_a_seed_without_tokenizer_is_refused_before_training(tmp_path: Path) -> None:
+    seed, job = saved(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path), job_in(tmp_path / "job")
+    (seed.path / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="no tokenizer"):
+        branch(BranchConfig(domain="code", training=TRAINING), seed=seed, tokens=tokens_in(tmp_path, "code"), job=job)
+    assert not list(job.scratch.iterdir())
 
 
 def test_a_branch_of_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:

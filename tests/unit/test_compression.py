@@ -1,7 +1,6 @@
 """Pruning: the right experts stay, bit for bit, and the result is the full model with the others masked out."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +205,8 @@ def test_dense_models_and_foreign_origins_are_refused(
         run(source, tokens, tmp_path / "one")
     fields = {name: value for name, value in SMALL.items() if name != "num_experts_per_tok"}
     dense = AutoModelForCausalLM.from_config(LlamaConfig(**fields, intermediate_size=96))
-    shutil.rmtree(source.path)
+    save_model(dense, tmp_path / "dense", tokenizer_from=tokenizer)
+    with pytest.raises(InputError, match="no tokens"):
+        run(source, {}, tmp_path / "none")
     with pytest.raises(InputError, match="no experts to prune"):
-        run(write_moe(tmp_path / "moe", dense, tokenizer), tokens, tmp_path / "two")
+        run(Artifact(tmp_path / "dense", "seed", "dense"), tokens, tmp_path / "two")

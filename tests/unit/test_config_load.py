@@ -96,6 +96,14 @@ def test_syntax_error_names_the_line(tmp_path: Path) -> None:
         read_yaml(path)
 
 
+@pytest.mark.parametrize("line", ["path: {{home}}", "? [a, b]\n: 1"])
+def test_a_key_that_is_no_word_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "walk.yaml"
+    path.write_text(f"{line}\n")
+    with pytest.raises(ConfigError, match=r"not valid YAML: a key must be a plain word.*line 1"):
+        read_yaml(path)
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "walk.yaml"
     path.write_text("mix:\n  seed: 1\nname: small\nmix:\n  seed: 2\n")

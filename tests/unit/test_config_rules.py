@@ -13,16 +13,22 @@ from moestro.config import (
     DataConfig,
     DeployConfig,
     DomainConfig,
+    EvaluateConfig,
     FileSource,
     ImportSeed,
     LifecycleConfig,
     MixConfig,
     ModelConfig,
+    OptimizerConfig,
     PretrainSeed,
     Resources,
+    RlConfig,
     TrainingConfig,
+    TuneConfig,
 )
 from moestro.config.base import EXECUTION
+
+LONG = TrainingConfig(steps=2, sequence_length=1025)
 
 
 def domains(*names: str) -> DataConfig:
@@ -51,7 +57,15 @@ def lifecycle(**changes: Any) -> LifecycleConfig:
         ({"mix": MixConfig(include_seed=False, num_experts_per_tok=3)}, "3 of only 2 experts"),
         ({"compress": CompressConfig(num_experts=4)}, "compress.num_experts"),
         ({"compress": CompressConfig(num_experts=1)}, "compress.num_experts"),
+        ({"data": domains("code", "seed")}, "'seed' is what the generalist expert is called"),
         ({"deploy": DeployConfig(max_model_len=2048)}, "deploy.max_model_len: 2048 is longer"),
+        ({"evaluate": EvaluateConfig(sequence_length=2048)}, "evaluate.sequence_length: 2048 is longer"),
+        ({"branch": BranchesConfig(training=LONG)}, r"branch\.training\.sequence_length: 1025 is longer"),
+        (
+            {"branch": BranchesConfig(training=TrainingConfig(steps=2), overrides={"code": LONG})},
+            r"branch\.overrides\.code\.sequence_length: 1025 is longer",
+        ),
+        ({"tune": TuneConfig(training=LONG)}, r"tune\.training\.sequence_length: 1025 is longer"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -63,8 +77,15 @@ def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], 
     ("kind", "values", "message"),
     [
         (TrainingConfig, {"steps": 1, "batch_size": 6, "accumulation": 4}, "accumulation: 4 does not divide"),
+        (OptimizerConfig, {"betas": (0.9, 1.0)}, "less than 1"),
         (ModelConfig, {"hidden_size": 64, "num_attention_heads": 3}, "num_attention_heads: 3 does not divide"),
         (ModelConfig, {"num_attention_heads": 6, "num_key_value_heads": 4}, "num_key_value_heads: 4 does not divide"),
+        (ModelConfig, {"num_attention_heads": 64, "num_key_value_heads": 1}, "heads of 3, rotary"),
+        (
+            RlConfig,
+            {"task": {"name": "chain_sum"}, "prompts_per_step": 2, "num_generations": 4, "mini_steps": 9},
+            "mini_steps: 9 is more than a step's 8 sequences",
+        ),
         (
             PretrainSeed,
             {"model": {"max_position_embeddings": 64}, "training": {"steps": 1, "sequence_length": 128}},

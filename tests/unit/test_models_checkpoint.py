@@ -71,8 +71,20 @@ def test_saving_what_was_loaded_gives_the_same_bytes(checkpoints: Path, name: st
         assert (source / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
 
+def test_a_generation_config_travels_as_it_is_and_is_not_obeyed(damaged: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = damaged("llama")
+    # Transformers refuses to save a model with these fields; many published checkpoints have them.
+    content = json.dumps({"temperature": 0.6, "do_sample": False, "repetition_penalty": 100.0})
+    (folder / "generation_config.json").write_text(content)
+    model = load_model(folder)
+    save_model(model, tmp_path / "out", tokenizer_from=folder)
+    assert (tmp_path / "out" / "generation_config.json").read_text() == content
+    assert model.generation_config.repetition_penalty is None
+
+
 def test_a_checkpoint_can_be_saved_over_itself(damaged: Callable[[str], Path]) -> None:
     folder = damaged("mixtral")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     model = load_model(folder, experts="eager")  # its weights are still mapped from the file
     save_model(model, folder, tokenizer_from=folder)

@@ -18,7 +18,7 @@ from moestro.data.tokenizer import load_tokenizer
 from moestro.errors import ConfigError, InputError
 from moestro.models.checkpoint import load_model
 from moestro.seeding import pretrain, seed
-from moestro.seeding.pretrain import build_model, check_shape
+from moestro.seeding.pretrain import build_model
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -108,19 +108,6 @@ def test_initialisation_is_seeded_small_and_leaves_the_random_state() -> None:
     std = (2 / (5 * 32)) ** 0.5
     assert float(one.model.embed_tokens.weight.detach().std()) == pytest.approx(std, rel=0.05)
     assert float(one.model.layers[0].mlp.down_proj.weight.detach().std()) == pytest.approx(std / 2, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_attention_heads": 3, "num_key_value_heads": 3}, "3 heads do not divide a hidden_size of 32"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "3 do not divide 4 attention heads"),
-        ({"num_attention_heads": 32}, "1 channels cannot be rotated"),
-    ],
-)
-def test_heads_that_do_not_fit_are_refused(changes: dict[str, int], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_shape(MODEL.model_copy(update=changes))
 
 
 def test_a_vocabulary_that_the_text_does_not_fill_is_refused(tmp_path: Path) -> None:

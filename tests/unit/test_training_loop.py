@@ -253,9 +253,6 @@ def test_a_loss_that_is_not_finite_names_step_and_domains_and_keeps_the_checkpoi
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = model_of("dense")
     job = job_in(tmp_path)
-    uneven = CONFIG.model_copy(update={"accumulation": 3})
-    with pytest.raises(ConfigError, match="accumulation: 3 micro-batches"):
-        train(model, mixture(), uneven, job=job, trainable=lambda _: True)
     model.config.max_position_embeddings = 8
     with pytest.raises(ConfigError, match="sequence_length: 16"):
         train(model, mixture(), CONFIG, job=job, trainable=lambda _: True)

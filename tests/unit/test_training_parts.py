@@ -121,11 +121,14 @@ def test_short_attention_equals_sdpa() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_short_attention_leaves_long_windows_and_float32_alone() -> None:
+def test_short_attention_leaves_long_windows_float32_and_dropout_alone() -> None:
     model = dense()
     for dtype, positions in ((torch.float32, 24), (torch.bfloat16, 1024)):
         with training_attention(model, dtype=dtype, positions=positions):
             assert model.config._attn_implementation == "sdpa"
+    model.config.attention_dropout = 0.1
+    with training_attention(model, dtype=torch.bfloat16, positions=24):
+        assert model.config._attn_implementation == "sdpa"
 
 
 def test_bfloat16_is_close_to_float32_with_float32_gradients() -> None:

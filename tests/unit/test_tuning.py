@@ -100,3 +100,12 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     dense = saved(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path, None)
     with pytest.raises(InputError, match="has no router to tune"):
         tune(TuneConfig(training=TRAINING), model=dense, tokens=tokens_in(tmp_path), job=job_in(tmp_path / "job"))
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "experts.json"])
+def test_what_the_result_needs_is_missed_before_training(tmp_path: Path, missing: str) -> None:
+    model, job = mixed(tmp_path), job_in(tmp_path / "job")
+    (model.path / missing).unlink()
+    with pytest.raises(InputError, match=missing):
+        tune(TuneConfig(training=TRAINING), model=model, tokens=tokens_in(tmp_path), job=job)
+    assert not list(job.scratch.iterdir())

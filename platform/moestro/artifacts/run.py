@@ -65,7 +65,7 @@ class LifecycleRun(Config):
         temporary = folder / f".{self.id}.{os.getpid()}.tmp"
         with disk_space_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(self.model_dump_json(indent=2) + "\n")
+            temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
             temporary.replace(folder / f"{self.id}.json")
 
 

@@ -40,9 +40,13 @@ class Artifact:
 
     @classmethod
     def open(cls, folder: Path) -> "Artifact":
-        """The artifact in `folder`: Moestro's own by its record, anything else by the contents of its files."""
+        """The artifact in `folder`: Moestro's own by its record, anything else by the contents of its files.
+
+        Raises `ArtifactError` if there is nothing, or if a file of Moestro's own is not what was published.
+        """
         if (folder / RECORD_NAME).exists():
             record = Record.read(folder)
+            verify(folder, record)
             return cls(folder, record.stage, record.fingerprint)
         if not folder.exists():
             raise ArtifactError(f"{folder}: no such file or directory.")
@@ -126,7 +130,7 @@ class ArtifactStore:
         target = self.folder(record.stage, record.fingerprint)
         with disk_space_errors(work.out):
             target.parent.mkdir(parents=True, exist_ok=True)
-            (work.out / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n")
+            (work.out / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
             for path in [*work.out.rglob("*"), work.out]:
                 _sync(path)
             work.out.replace(target)

@@ -18,7 +18,7 @@ from moestro.compression.saliency import CRITERIA, Contribution, measure
 from moestro.config import CompressConfig
 from moestro.data.packed import PackedTokens
 from moestro.errors import InputError
-from moestro.models.checkpoint import load_model, read_origins, save_model, stored_dtype
+from moestro.models.checkpoint import is_moe, load_model, read_origins, save_model, stored_dtype
 from moestro.models.routers import experts, parameter_counts, routers
 from moestro.models.windows import spread_windows
 
@@ -34,8 +34,12 @@ def compress(config: CompressConfig, *, model: Artifact, tokens: Mapping[str, Ar
     and after, size_ratio (before / after), kept experts per layer.
     Raises `InputError` for a dense model, or if the number of experts asked for does not fit the model.
     """
+    if not is_moe(model.path):
+        raise InputError(f"{model.path} is a dense model, it has no experts to prune.", hint="Mix it first.")
+    if not tokens:
+        raise InputError("There are no tokens to measure experts on.", hint="Hand in at least one domain.")
     origins = read_origins(model.path)
-    full = load_model(model.path)
+    full = load_model(model.path, tokenizer=True)
     _check_fits(config, full, origins)
     scores_LE = _scores(config, full, tokens, job)
     kept_LN = scores_LE.argsort(dim=1, descending=True, stable=True)[:, : config.num_experts].sort(dim=1).values
@@ -95,8 +99,6 @@ def _scores(config: CompressConfig, model: PreTrainedModel, tokens: Mapping[str,
 
 def _check_fits(config: CompressConfig, model: PreTrainedModel, origins: list[list[str]]) -> None:
     found = experts(model)
-    if not found:
-        raise InputError(f"A {model.config.model_type} model has no experts to prune.", hint="Mix it first.")
     num_experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
     if not top_k <= config.num_experts <= num_experts:
         raise InputError(

@@ -97,6 +97,8 @@ class LifecycleConfig(Config):
         unknown = set(self.branch.overrides) - set(names)
         if unknown:
             raise ValueError(f"branch.overrides: no domain named {sorted(unknown)}; domains are {names}")
+        if self.mix.include_seed and "seed" in names:
+            raise ValueError("data.domains: 'seed' is what the generalist expert is called (mix.include_seed)")
         experts = len(names) + self.mix.include_seed
         if self.mix.num_experts_per_tok > experts:
             raise ValueError(f"mix.num_experts_per_tok: {self.mix.num_experts_per_tok} of only {experts} experts")
@@ -120,13 +122,21 @@ class LifecycleConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _served_length_fits(self) -> "LifecycleConfig":
-        if self.deploy is None or self.seed.type == "import":
+    def _sequences_fit(self) -> "LifecycleConfig":
+        if self.seed.type == "import":
             return self
+        lengths = {
+            "branch.training.sequence_length": self.branch.training.sequence_length,
+            "evaluate.sequence_length": self.evaluate.sequence_length,
+        }
+        for name, training in self.branch.overrides.items():
+            lengths[f"branch.overrides.{name}.sequence_length"] = training.sequence_length
+        if self.tune:
+            lengths["tune.training.sequence_length"] = self.tune.training.sequence_length
+        if self.deploy:
+            lengths["deploy.max_model_len"] = self.deploy.max_model_len
         longest = self.seed.model.max_position_embeddings
-        if self.deploy.max_model_len > longest:
-            raise ValueError(
-                f"deploy.max_model_len: {self.deploy.max_model_len} is longer than "
-                f"seed.model.max_position_embeddings ({longest})"
-            )
+        for field, length in lengths.items():
+            if length > longest:
+                raise ValueError(f"{field}: {length} is longer than seed.model.max_position_embeddings ({longest})")
         return self

@@ -37,6 +37,11 @@ class ModelConfig(Config):
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide {self.num_attention_heads}"
             )
+        if self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} makes heads of "
+                f"{self.hidden_size // self.num_attention_heads}, rotary embeddings need an even number"
+            )
         return self
 
 
@@ -120,6 +125,9 @@ class RlConfig(Config):
 
     task: TaskConfig
     """The task whose answers are verified."""
+    reward: Literal["verified", "graded"] = "verified"
+    """`verified`: 1 for a right answer, 0 for any other; `graded`: the task's own partial credit, which a policy may
+    learn to collect with answers that are never right."""
     steps: int = Field(8, ge=1)
     """Policy updates."""
     prompts_per_step: int = Field(32, ge=1)
@@ -148,6 +156,13 @@ class RlConfig(Config):
     """The optimiser."""
     seed: int = 0
     """Seeds problems and sampling."""
+
+    @model_validator(mode="after")
+    def _mini_steps_have_sequences(self) -> "RlConfig":
+        sequences = self.prompts_per_step * self.num_generations
+        if self.mini_steps > sequences:
+            raise ValueError(f"mini_steps: {self.mini_steps} is more than a step's {sequences} sequences")
+        return self
 
 
 class CompressConfig(Config):

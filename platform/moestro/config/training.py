@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from moestro.config.base import EXECUTION, Config
 
+MomentDecay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Config):
     """AdamW with a warm-up and a decay."""
@@ -20,7 +22,7 @@ class OptimizerConfig(Config):
     """Shape of the decay after the warm-up."""
     weight_decay: float = Field(0.1, ge=0)
     """Applied to matrices only, never to norms, biases and embeddings."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[MomentDecay, MomentDecay] = (0.9, 0.95)
     """AdamW's moment decays."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""

@@ -50,7 +50,7 @@ def load_tokenizer(folder: Path) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: its tokenizer cannot be read: {error}.") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: its tokenizer has no end-of-text token.", hint="Set `eos_token` in its config.")

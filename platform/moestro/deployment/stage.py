@@ -63,6 +63,8 @@ def _check(config: DeployConfig, model: Artifact) -> None:
 
 def _windows(config: DeployConfig, tokens: Mapping[str, Artifact]) -> list[list[int]]:
     """The first held-out windows of every domain, as many as the gate asks for."""
+    if not tokens:
+        raise InputError("There are no tokens to hold the server against.", hint="Hand in at least one domain.")
     gate = config.parity
     windows: list[list[int]] = []
     for domain, artifact in tokens.items():

@@ -72,4 +72,5 @@ def _write(
         for answer in answers[:SAMPLES]
     ]
     content = {"held_out_loss": losses, "task": task, "samples": samples}
-    (job.out / "evaluation.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (job.out / "evaluation.json").write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -70,6 +70,9 @@ def load_model(
     finally:
         transformers_logging.set_verbosity(verbosity)
     refuse_incomplete(folder, found)
+    # The folder's generation config travels as a file: transformers would mix its penalties into every `generate`,
+    # and refuse to save a model whose config sets a temperature without sampling, as many published ones do.
+    model.generation_config = GenerationConfig.from_model_config(config)
     model.eval()
     return model
 
@@ -132,17 +135,21 @@ def save_model(
     transformers_logging.disable_progress_bar()
     for path in out.glob("*.safetensors"):
         path.unlink()  # a loaded model maps its file: writing over it would change or crash whoever has it open
+    generation = tokenizer_from / GENERATION_CONFIG
+    kept = generation.read_bytes() if generation.is_file() else None
     model.save_pretrained(out)
-    copy_companions(tokenizer_from, out)
+    if kept is not None:
+        (out / GENERATION_CONFIG).write_bytes(kept)
+    _copy_tokenizer(tokenizer_from, out)
     if origins is not None:
         (out / ORIGINS).write_text(json.dumps({"origins": origins}, indent=1) + "\n")
 
 
-def copy_companions(source: Path, out: Path) -> None:
-    """Copy what belongs to a model beside its weights: tokenizer, chat template and generation config."""
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy tokenizer and chat template."""
     if source.resolve() == out.resolve():
         return
-    for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
+    for name in TOKENIZER_FILES:
         path = source / name
         if path.is_dir():
             shutil.copytree(path, out / name, dirs_exist_ok=True)
@@ -180,5 +187,5 @@ def read_origins(folder: Path) -> list[list[str]]:
     if not isinstance(origins, list) or not all(
         isinstance(layer, list) and all(isinstance(name, str) for name in layer) for layer in origins
     ):
-        raise InputError(f"{path} does not hold a list of names per layer.", hint="`moestro mix` writes it.")
+        raise InputError(f"{path} does not hold a list of names per layer.", hint="The mix stage writes it.")
     return origins

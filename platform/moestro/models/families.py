@@ -37,7 +37,6 @@ SHARED_FIELDS = (
 )
 """Config fields that mean the same in a dense model and its MoE."""
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _FEED_FORWARD = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 
 

@@ -16,7 +16,7 @@ from moestro.artifacts import Artifact, Job
 from moestro.config import ProfileConfig
 from moestro.data.packed import PackedTokens
 from moestro.errors import InputError
-from moestro.models.checkpoint import ORIGINS, load_model, read_origins
+from moestro.models.checkpoint import ORIGINS, is_moe, load_model, read_origins
 from moestro.models.routers import routers
 from moestro.models.routing import RoutingRecord, record_routes
 from moestro.models.windows import forward_windows, spread_windows
@@ -31,6 +31,8 @@ def profile(config: ProfileConfig, *, model: Artifact, tokens: Mapping[str, Arti
     Result: dead_experts, max_violation, specialisation per domain (see `figures`).
     Raises `InputError` for a dense model or one whose experts.json does not fit.
     """
+    if not is_moe(model.path):
+        raise InputError(f"{model.path} is a dense model, it has no routing.", hint="Mix it first.")
     origins = read_origins(model.path)
     network = load_model(model.path)
     _check_origins(network, origins)
@@ -85,8 +87,8 @@ def _spread(record: RoutingRecord, layer: int, num_experts: int) -> tuple[Tensor
 
 
 def _check_origins(model: PreTrainedModel, origins: list[list[str]]) -> None:
-    expected = [model.config.num_experts] * len(routers(model)) if routers(model) else []
-    if not expected or [len(layer) for layer in origins] != expected:
+    expected = [model.config.num_experts] * len(routers(model))
+    if [len(layer) for layer in origins] != expected:
         raise InputError(
             f"experts.json names {[len(layer) for layer in origins]} experts per layer, the model has {expected}.",
             hint="It belongs to another checkpoint.",

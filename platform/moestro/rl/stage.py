@@ -58,11 +58,14 @@ class _Run:
 def rl(config: RlConfig, *, model: Artifact, engine: EngineFactory, job: Job) -> dict[str, Any]:
     """Train `model` on a verifiable task with GRPO; see the package for how, the config for with what.
 
-    Raises `ConfigError` for replay on a dense model or more mini-steps than sequences, `InputError` if prompts do not
-    fit the model, `TrainingError` if figures are not finite or a weight refresh does not hold.
+    Raises `ConfigError` for replay on a dense model, `InputError` if prompts do not fit the model, `TrainingError` if
+    figures are not finite or a weight refresh does not hold.
     """
     moe = is_moe(model.path)
-    _check(config, moe)
+    if config.routing == "r3" and not moe:
+        raise ConfigError(
+            "rl.routing is r3, but the model is dense: there is no routing to replay.", hint="Set rl.routing to off."
+        )
     origins = read_origins(model.path) if moe else None
     policy = load_model(model.path, dtype=torch.float32, tokenizer=True)
     run = _prepare(config, policy, model.path, moe, job)
@@ -78,19 +81,6 @@ def rl(config: RlConfig, *, model: Artifact, engine: EngineFactory, job: Job) ->
     save_model(policy, job.out, tokenizer_from=model.path, origins=origins)
     history.publish(job.out)
     return dict(history.result())
-
-
-def _check(config: RlConfig, moe: bool) -> None:
-    if config.routing == "r3" and not moe:
-        raise ConfigError(
-            "rl.routing is r3, but the model is dense: there is no routing to replay.", hint="Set rl.routing to off."
-        )
-    sequences = config.prompts_per_step * config.num_generations
-    if config.mini_steps > sequences:
-        raise ConfigError(
-            f"rl.mini_steps is {config.mini_steps}, but a step has only {sequences} sequences.",
-            hint="Lower rl.mini_steps, or raise rl.prompts_per_step or rl.num_generations.",
-        )
 
 
 def _prepare(config: RlConfig, policy: PreTrainedModel, source: Path, moe: bool, job: Job) -> _Run:
@@ -179,7 +169,8 @@ def _rollouts(run: _Run, engine: Engine, step: int) -> tuple[Rollouts, dict[str,
 
 def _rewards(run: _Run, groups: list[list[Completion]], step: int) -> torch.Tensor:
     def reward(problem: Problem, answer: Completion) -> float:
-        return run.task.score(problem, run.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+        score = run.task.score(problem, run.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+        return score if run.config.reward == "graded" else float(score == 1.0)
 
     pairs = zip(run.curriculum.problems[step], groups, strict=True)
     return torch.tensor([[reward(problem, answer) for answer in group] for problem, group in pairs])

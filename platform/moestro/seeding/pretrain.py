@@ -36,15 +36,8 @@ def pretrain_seed(config: PretrainSeed, *, corpora: Mapping[str, Artifact], job:
     """Train tokenizer and model on the training text of `corpora` and write the checkpoint into `job.out`.
 
     Result: parameters, vocabulary, tokens of text per domain, and the training's figures. Raises `ConfigError` for a
-    shape that does not work, or a vocabulary that the text does not fill.
+    vocabulary that the text does not fill.
     """
-    check_shape(config.model)
-    if config.training.sequence_length > config.model.max_position_embeddings:
-        raise ConfigError(
-            f"seed.training.sequence_length: {config.training.sequence_length} is longer than "
-            f"seed.model.max_position_embeddings ({config.model.max_position_embeddings}).",
-            hint="Raise max_position_embeddings.",
-        )
     text = job.scratch / "text"
     if not text.exists():
         _prepare(config.model, corpora, text, job)
@@ -59,25 +52,6 @@ def pretrain_seed(config: PretrainSeed, *, corpora: Mapping[str, Artifact], job:
         "text_tokens": {name: len(packed.ids) for name, packed in domains.items()},
         **result.figures(),
     }
-
-
-def check_shape(config: ModelConfig) -> None:
-    """Raise `ConfigError` naming the field if the attention heads do not fit."""
-    if config.hidden_size % config.num_attention_heads:
-        raise ConfigError(
-            f"seed.model.num_attention_heads: {config.num_attention_heads} heads do not divide a hidden_size "
-            f"of {config.hidden_size}."
-        )
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ConfigError(
-            f"seed.model.num_key_value_heads: {config.num_key_value_heads} do not divide "
-            f"{config.num_attention_heads} attention heads."
-        )
-    if config.hidden_size // config.num_attention_heads % 2:
-        raise ConfigError(
-            f"seed.model: heads of {config.hidden_size // config.num_attention_heads} channels cannot be rotated.",
-            hint="Rotary embeddings need an even number: change hidden_size or num_attention_heads.",
-        )
 
 
 def build_model(config: ModelConfig, *, seed: int) -> PreTrainedModel:

@@ -44,7 +44,7 @@ def train(
     """Train the parameters of `model` whose names `trainable` accepts, in place, and write `job.out`/history.json.
 
     Resumes from `job.scratch`; with the same number of threads the result is bit for bit that of an undisturbed run.
-    Raises `ConfigError` for a batch or sequence that does not fit, `TrainingError` naming step and domains if a loss
+    Raises `ConfigError` for a sequence that does not fit, `TrainingError` naming step and domains if a loss
     or gradient is not finite.
     """
     _check(model, config)
@@ -64,11 +64,6 @@ def train(
 
 
 def _check(model: PreTrainedModel, config: TrainingConfig) -> None:
-    if config.batch_size % config.accumulation:
-        raise ConfigError(
-            f"accumulation: {config.accumulation} micro-batches do not divide a batch_size of {config.batch_size}.",
-            hint="Choose a divisor of batch_size.",
-        )
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and config.sequence_length > longest:
         raise ConfigError(

@@ -25,7 +25,7 @@ def tune(config: TuneConfig, *, model: Artifact, tokens: Mapping[str, Artifact],
     training = config.training
     domains = {name: PackedTokens.open(artifact.path, "train") for name, artifact in tokens.items()}
     mixture = Mixture(domains, training.sequence_length, training.seed)
-    network = load_model(model.path)
+    network, origins = load_model(model.path, tokenizer=True), read_origins(model.path)
     with record_routes(network) as record:
         losses = RouterLosses(
             record,
@@ -34,5 +34,5 @@ def tune(config: TuneConfig, *, model: Artifact, tokens: Mapping[str, Artifact],
         )
         trainable = is_router_weight if config.trainable == "router" else lambda _: True
         result = train(network, mixture, training, job=job, trainable=trainable, auxiliary=losses)
-    save_model(network, job.out, tokenizer_from=model.path, origins=read_origins(model.path))
+    save_model(network, job.out, tokenizer_from=model.path, origins=origins)
     return result.figures("load_balancing_loss", "max_violation")

@@ -21,6 +21,7 @@ def rebuild(json: Json = False) -> None:
     from moestro.registry import connect
 
     home = Home.current()
+    home.prepare()
     started = time.monotonic()
     registry = connect(home.database_url)
     try:

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from moestro.artifacts import Artifact, LifecycleRun, read_runs
 from moestro.config import LifecycleConfig, load_lifecycle
@@ -28,14 +30,17 @@ def run(
     json: Json = False,
 ) -> None:
     """Run a lifecycle: what is there already is reused, what was interrupted resumes."""
+    from moestro_flows.server import reach
+
     loaded = load_lifecycle(config)
     home = Home.current()
     home.prepare()
+    reach(home)
     console = Console(stderr=True)
     with _terminate_like_interrupt(), LiveProgress(console).listening():
-        from moestro_flows.stages import lifecycle
+        from moestro_flows.stages import run_lifecycle
 
-        lifecycle_run = _record(home, lifecycle(str(config), name=loaded.name))
+        lifecycle_run = _record(home, run_lifecycle(config, loaded.name))
         answer = _ask(home, loaded, lifecycle_run, console) if ask and loaded.deploy else None
     from moestro_flows.summary import rows
 
@@ -90,11 +95,11 @@ def _render(
         shown.add_column(column, justify="right" if column in {"time", "size"} else "left", overflow="fold")
     for row in table:
         time = "reused" if row["status"] == "reused" else f"{row['seconds']:.1f} s"
-        shown.add_row(row["step"], time, row["figures"], f"{row['size_mb']:.1f} MB", row["artifact"])
+        shown.add_row(row["step"], time, escape(row["figures"]), f"{row['size_mb']:.1f} MB", row["artifact"])
     yield shown
     if answer:
         yield f"\n[bold]{config.deploy.name if config.deploy else ''}[/bold] over REST ({answer['endpoint']}):"
-        yield f"  {answer['prompt']!r} -> {answer['completion']!r}"
+        yield Text(f"  {answer['prompt']!r} -> {answer['completion']!r}")
     yield f"\nreport     moestro report {run.id}"
     yield "MLflow, Prefect and gateway   moestro ui"
     if config.deploy:
@@ -107,7 +112,7 @@ def _plan_table(rows: list[dict[str, Any]]) -> Iterator[Any]:
         shown.add_column(column, overflow="fold")
     for row in rows:
         style = "dim" if row["action"] == "reuse" else ""
-        shown.add_row(row["step"], row["action"], row["reason"], row["artifact"], style=style)
+        shown.add_row(row["step"], row["action"], escape(row["reason"]), row["artifact"], style=style)
     yield shown
 
 

@@ -2,15 +2,18 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group
+from rich.text import Text
 
 from moestro.artifacts import Artifact, ArtifactStore
 from moestro.config import Config, EvaluateConfig, Resources, read_yaml, validate
-from moestro.errors import ConfigError, InputError
+from moestro.errors import BusyError, ConfigError, InputError
 from moestro_services.cli.output import Json, emit
 from moestro_services.cli.progress import LiveProgress
 
@@ -34,6 +37,11 @@ def stage(
     given = _inputs(name, inputs or [])
     if out.exists():
         raise InputError(f"{out} exists.", hint="Name a folder that does not.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made ({error.strerror}).") from None
     artifact = _run_alone(name, step_config, given, out, cpus)
     record = artifact.record
     data = {"stage": name, "out": str(out), "fingerprint": record.fingerprint, "result": record.result}
@@ -48,8 +56,9 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a checkpoint: held-out loss per domain, and accuracy on a task."""
-    from tempfile import TemporaryDirectory
-
+    for item in tokens:
+        if not all(item.partition("=")):
+            raise ConfigError(f"--tokens {item}: expected DOMAIN=FOLDER.")
     fields: dict[str, Any] = {"max_tokens": max_tokens, "task": {"name": task} if task else None}
     config = validate(EvaluateConfig, fields, where="moestro eval")
     given = _inputs("evaluate", [f"model={checkpoint}", *(f"tokens/{item}" for item in tokens)])
@@ -59,7 +68,8 @@ def evaluate(
 
 
 def _run_alone(name: str, config: Config, inputs: dict[str, Any], out: Path, cpus: int | None) -> Artifact:
-    """Run in a store of its own beside `out`, so that an interrupted attempt resumes, and move the result to `out`."""
+    """Run in a store of its own beside `out`, and move the result to `out`. The store stays only if an interrupted
+    attempt left something in it to resume from."""
     from moestro.execution import Step, run_step
     from moestro.inference.engine import VllmEngine
     from moestro.stages import STAGES
@@ -68,14 +78,27 @@ def _run_alone(name: str, config: Config, inputs: dict[str, Any], out: Path, cpu
     listener = LiveProgress(Console(stderr=True))
     reporter = _Alone(listener, name)
     extras = {"engine": VllmEngine} if STAGES[name].needs_engine else {}
-    with listener.listening():
+    with _tidied(store.root), listener.listening():
         listener.started(name)
         artifact = run_step(
             store, Step(name, config, inputs), resources=Resources(cpus=cpus), reporter=reporter, extras=extras
         )
-    artifact.path.rename(out)
-    shutil.rmtree(store.root)
+        artifact.path.rename(out)
     return Artifact.open(out)
+
+
+@contextmanager
+def _tidied(store: Path) -> Iterator[None]:
+    """Remove the store in the end, unless another process works in it or it holds something to resume from."""
+    try:
+        yield
+    except BusyError:
+        raise
+    except BaseException:
+        if not any(path.is_file() for path in [*store.glob("work/*/*/scratch/**/*"), *store.glob("artifacts/**/*")]):
+            shutil.rmtree(store, ignore_errors=True)
+        raise
+    shutil.rmtree(store)
 
 
 class _Alone:
@@ -126,26 +149,32 @@ def _inputs(name: str, pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         role, equals, folder = pair.partition("=")
         top, slash, key = role.partition("/")
-        if not equals or not folder or top not in STAGES[name].inputs:
-            wanted = ", ".join(STAGES[name].inputs) or "none"
-            raise ConfigError(f"--input {pair}: expected ROLE=FOLDER with a role of {name}: {wanted}.")
+        named = top in STAGES[name].per_domain
+        if not equals or not folder or top not in STAGES[name].inputs or bool(slash and key) != named:
+            wanted = ", ".join(_roles(name)) or "none"
+            raise ConfigError(f"{pair}: expected ROLE=FOLDER with a role of {name}: {wanted}.")
         artifact = Artifact.open(Path(folder))
-        if slash:
+        if named:
             inputs.setdefault(top, {})[key] = artifact
         else:
             inputs[top] = artifact
-    optional = {"corpora"}
-    for role in STAGES[name].inputs:
-        if role in optional:
-            inputs.setdefault(role, {})
-        if role not in inputs:
-            raise ConfigError(
-                f"{name} needs --input {role}=FOLDER (or {role}/NAME=FOLDER where there is one per domain)."
-            )
+    if "corpora" in STAGES[name].inputs:
+        inputs.setdefault("corpora", {})  # an imported seed needs none
+    missing = [role for role in _roles(name) if role.partition("/")[0] not in inputs]
+    if missing:
+        raise ConfigError(f"{name} needs {' '.join(f'--input {role}=FOLDER' for role in missing)}.")
     return inputs
+
+
+def _roles(name: str) -> list[str]:
+    """The roles of a stage's inputs as they are given: `seed`, `branches/DOMAIN`."""
+    from moestro.stages import STAGES
+
+    stage = STAGES[name]
+    return [f"{role}/DOMAIN" if role in stage.per_domain else role for role in stage.inputs]
 
 
 def _render(data: dict[str, Any]) -> Iterator[Any]:
     for key, value in {**data, **data.get("result", {})}.items():
         if key != "result":
-            yield f"{key:<24} {value}"
+            yield Text(f"{key:<24} {value}")

@@ -15,8 +15,8 @@ GRACE_SECONDS = 5
 START_SECONDS = 60
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket at `host`:`port` (0: any free port).
+def listen(host: str, port: int, *, option: str = "--port") -> socket.socket:
+    """A listening socket at `host`:`port` (0: any free port); `option` is what the user chooses the port with.
 
     Raises `BusyError` if the port is in use, `ConfigError` if this machine has no such address or may not have it.
     """
@@ -32,7 +32,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         made.close()
         if error.errno == errno.EADDRINUSE:
-            raise BusyError(f"Port {port} on {host} is in use.", hint="Choose another with --port.") from None
+            raise BusyError(f"Port {port} on {host} is in use.", hint=f"Choose another with {option}.") from None
         raise ConfigError(f"{host}:{port} cannot be bound ({error.strerror}).") from None
     return made
 

@@ -51,7 +51,7 @@ def examine(home: Home) -> Examination:
     """Look at everything; takes as long as importing torch and vLLM does. Changes nothing."""
     machine, state = hardware.look(), home_folder.look(home)
     packages = software.packages()
-    libraries = software.probe(os.environ | home.environment())
+    libraries = software.probe(home.environment() | os.environ)
     programs = software.programs()
     lacks = [
         *_of_machine(machine, state),
