@@ -126,6 +126,7 @@ class Home:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "HF_HUB_OFFLINE": "1",
+            "RAY_ENABLE_AUTO_CONNECT": "0",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
             "TOKENIZERS_PARALLELISM": "true",
         }

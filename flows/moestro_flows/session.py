@@ -74,11 +74,8 @@ class Session:
             run.write(home.runs)
             try:
                 yield session
-            except KeyboardInterrupt:
-                session._end("cancelled")
-                raise
-            except BaseException:
-                session._end("failed")
+            except BaseException as error:
+                session._end("failed" if isinstance(error, Exception) else "cancelled")  # else: Ctrl-C, SIGTERM
                 raise
             finally:
                 session._stopped.set()
@@ -147,7 +144,7 @@ class Session:
         record: Record | None = None,
         error: BaseException | None = None,
     ) -> StepRun:
-        stopped = isinstance(error, StoppedError | KeyboardInterrupt)
+        stopped = self._stopped.is_set() and error is not self.failure
         step = StepRun(
             name=name,
             stage=stage,

@@ -9,7 +9,8 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from moestro.config import Resources
 from moestro.errors import MoestroError, ResourceError, StoppedError
 from moestro.execution import Step, run_step
 from moestro.inference.engine import EngineConfig, EngineFactory
-from moestro.interrupts import interrupts_held
+from moestro.interrupts import interrupts_held, terminations_kept
 
 POLL_SECONDS = 0.5
 REACH_SECONDS = 10
+STOP_SECONDS = 5
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 
 
@@ -33,6 +35,8 @@ class Cluster:
         self.cpus = cpus or os.cpu_count() or 1
         self._board: Any = None
         self._ready = threading.Event()
+        self._users = 0
+        self._changed = threading.Condition()
 
     def connect(self) -> None:
         """Connect, or start Ray. Call it from the main thread, where Ray can handle signals; `run` waits for it.
@@ -45,7 +49,7 @@ class Cluster:
             _reach(self.address)
         own = {} if self.address else {"num_cpus": self.cpus, "object_store_memory": OBJECT_STORE_BYTES}
         try:
-            with interrupts_held():
+            with interrupts_held(), terminations_kept():
                 ray.init(
                     address=self.address,
                     include_dashboard=None if self.address else False,
@@ -67,9 +71,15 @@ class Cluster:
         Raises what the stage raised, or `ResourceError` if its workers keep dying. `stopped` is asked while waiting;
         once it says yes the task is cancelled and `StoppedError` raised.
         """
+        self._wait(stopped)
+        with self.using():
+            return self._run(store, step, resources, reporter, stopped)
+
+    def _run(
+        self, store: ArtifactStore, step: Step, resources: Resources, reporter: Reporter, stopped: Callable[[], bool]
+    ) -> Artifact:
         import ray
 
-        self._wait(stopped)
         board = self._board
         cpus = resources.cpus or self.cpus
         if cpus > (available := int(ray.cluster_resources().get("CPU", 0))):
@@ -111,7 +121,7 @@ class Cluster:
 
             self._wait(stopped)
             host = ray.remote(_EngineHost).options(num_cpus=resources.cpus or self.cpus, max_restarts=0)
-            return RemoteEngine(host.remote(folder, config))
+            return RemoteEngine(self, host.remote(folder, config))
 
         return make
 
@@ -121,13 +131,29 @@ class Cluster:
             if stopped():
                 raise StoppedError
 
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Ray is not shut down while in the block; raises `StoppedError` if it has been."""
+        with self._changed:
+            if not self._ready.is_set():
+                raise StoppedError
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
     def shutdown(self) -> None:
-        """Leave the cluster; one started here ends with all its processes."""
+        """Leave the cluster; one started here ends with all its processes. Calls told to stop get a moment."""
         if not self._ready.is_set():
             return
         import ray
 
-        self._ready.clear()
+        with self._changed:
+            self._ready.clear()
+            self._changed.wait_for(lambda: self._users == 0, timeout=STOP_SECONDS)
         ray.shutdown()
 
 
@@ -153,7 +179,8 @@ def _no_cluster(address: str | None, error: Exception) -> ResourceError:
 class RemoteEngine:
     """An `inference.engine.Engine` whose work is done in a Ray actor."""
 
-    def __init__(self, host: Any) -> None:
+    def __init__(self, cluster: Cluster, host: Any) -> None:
+        self._cluster = cluster
         self._host = host
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
@@ -161,7 +188,8 @@ class RemoteEngine:
             import ray
 
             try:
-                return ray.get(self._host.call.remote(method, args, kwargs))
+                with self._cluster.using():
+                    return ray.get(self._host.call.remote(method, args, kwargs))
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, MoestroError):
                     raise error.cause from None
@@ -179,7 +207,8 @@ class RemoteEngine:
         """End the actor and the engine in it, whether or not it still lives."""
         import ray
 
-        ray.kill(self._host)
+        with suppress(StoppedError), self._cluster.using():
+            ray.kill(self._host)
 
 
 class _EngineHost:

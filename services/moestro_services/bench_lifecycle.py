@@ -14,11 +14,13 @@ from typing import Any
 
 from moestro.artifacts import Artifact, ArtifactStore, LifecycleRun, read_runs
 from moestro.config import Config, LifecycleConfig, Resources, load_lifecycle
+from moestro.errors import ResourceError
 
 CONFIG = Path("examples/quickstart.yaml")
 REPEATS = 3
 MAX_OVERHEAD = 0.05
 MAX_AGAIN_SECONDS = 20.0
+SHOWN_LINES = 20
 
 
 def bench() -> dict[str, Any]:
@@ -89,15 +91,20 @@ def directly(config: LifecycleConfig, store: ArtifactStore) -> float:
 
 
 def command(home: Path, *arguments: str) -> float:
-    """Wall time of one `moestro` process, interpreter start to exit."""
+    """Wall time of one `moestro` process, interpreter start to exit; raises `ResourceError` if it fails."""
     home.mkdir(exist_ok=True)
-    with (home / "output.txt").open("ab") as log:
+    output = home / "output.txt"
+    with output.open("wb") as log:
         started = time.monotonic()
-        subprocess.run(
+        code = subprocess.run(
             [sys.executable, "-m", "moestro_services.cli", *arguments],
-            env={**os.environ, "MOESTRO_HOME": str(home)}, stdout=log, stderr=log, check=True,
-        )  # fmt: skip
-        return time.monotonic() - started
+            env={**os.environ, "MOESTRO_HOME": str(home)}, stdout=log, stderr=log, check=False,
+        ).returncode  # fmt: skip
+        seconds = time.monotonic() - started
+    if code:
+        told = "\n".join(output.read_text().splitlines()[-SHOWN_LINES:])
+        raise ResourceError(f"`moestro {' '.join(arguments)}` ended with code {code}:\n{told}")
+    return seconds
 
 
 def import_seconds() -> float:

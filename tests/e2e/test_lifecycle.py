@@ -17,6 +17,11 @@ from moestro.artifacts import exclusive
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
+INTERRUPTIONS = [
+    lambda pid: os.killpg(pid, signal.SIGINT),  # as a terminal does
+    lambda pid: os.kill(pid, signal.SIGTERM),
+]
+
 
 def changed(config: Path, folder: Path, path: str, value: Any) -> Path:
     """A copy of the config with the field at the dotted `path` set."""
@@ -70,8 +75,13 @@ def test_a_second_run_on_a_busy_home_says_so(moestro: Any, finished: Path) -> No
     assert "in use by process" in err
 
 
+@pytest.mark.parametrize("end_run", INTERRUPTIONS, ids=["ctrl-c", "sigterm"])
 def test_interrupting_leaves_no_process_and_nothing_half_published(
-    moestro: Any, finished: Path, tmp_path: Path, processes_of: Callable[[Path], list[str]]
+    moestro: Any,
+    finished: Path,
+    tmp_path: Path,
+    processes_of: Callable[[Path], list[str]],
+    end_run: Callable[[int], None],
 ) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -83,7 +93,7 @@ def test_interrupting_leaves_no_process_and_nothing_half_published(
         assert process.poll() is None, (home / "stderr.txt").read_text()
         assert time.monotonic() < end
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    end_run(process.pid)
     assert process.wait(60) == 130
     end = time.monotonic() + 30
     while left := processes_of(home):
@@ -129,6 +139,7 @@ def test_prefect_tells_the_story(finished: Path) -> None:
         artifacts = {key for (key,) in database.execute("select key from artifact").fetchall()}
     assert ("tiny", "Completed") in flows
     assert {"seed", "branch code", "evaluate mix", "rl", "deploy"} <= set(tasks)
+    assert set(tasks.values()) <= {"Completed", "Reused"}
     assert "summary" in artifacts
 
 

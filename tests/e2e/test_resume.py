@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def published(home: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def test_killed_in_branch_tune_and_rl_ends_in_the_same_bytes(moestro: Any, finished: Path, tmp_path: Path) -> None:
+def test_killed_in_branch_tune_and_rl_ends_in_the_same_bytes(
+    moestro: Any, finished: Path, tmp_path: Path, processes_of: Callable[[Path], list[str]]
+) -> None:
     home = tmp_path / "disturbed"
     for stage in ("branch", "tune", "rl"):
         run_until_checkpoint(moestro, home, stage)
@@ -45,3 +48,9 @@ def test_killed_in_branch_tune_and_rl_ends_in_the_same_bytes(moestro: Any, finis
     assert code == 0, err[-4000:]
     assert published(home) == published(finished)
     assert not list(home.glob("work/*/*/scratch"))
+    runs = [json.loads(path.read_text())["status"] for path in sorted(home.glob("runs/*.json"))]
+    assert runs == ["cancelled", "cancelled", "cancelled", "completed"]
+    end = time.monotonic() + 30
+    while left := processes_of(home):
+        assert time.monotonic() < end, left
+        time.sleep(0.1)

@@ -3,9 +3,7 @@
 import importlib
 import importlib.metadata
 import os
-import platform
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from moestro.errors import ConfigError
 from moestro_services.cli.output import Json, emit
+from moestro_services.machine import hardware
 
 BENCHMARKS: dict[str, str] = {
     "experts-mlp": "moestro_kernels.experts_mlp.bench:bench",
@@ -47,16 +46,9 @@ def machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    cores = os.cpu_count() or 1
-    return {"cores": cores, "load": [round(x, 1) for x in os.getloadavg()], "cpu": _cpu(), "versions": versions}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (FileNotFoundError, StopIteration):
-        return platform.processor() or platform.machine()
+    host = hardware.look()
+    load = [round(x, 1) for x in os.getloadavg()]
+    return {"cores": host.cores, "load": load, "cpu": host.cpu, "versions": versions}
 
 
 def _render(report: dict[str, Any]) -> Iterator[Any]:
