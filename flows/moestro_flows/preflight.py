@@ -5,7 +5,11 @@ from moestro.data.tasks import Task
 
 
 def preflight(config: LifecycleConfig) -> None:
-    """Open the tasks that are answered late in the walk; raises `ConfigError` or `InputError` naming the mistake."""
-    for task in (config.evaluate.task, config.rl.task if config.rl else None):
-        if task is not None:
-            Task.open(task).problems(1, split="held_out", seed=0)
+    """Make the problems that late steps will ask for.
+
+    Raises `ConfigError` for a task or argument there is none of, `InputError` for a task with too few problems.
+    """
+    if config.evaluate.task:
+        Task.open(config.evaluate.task).problems(config.evaluate.problems, split="held_out", seed=0)
+    if config.rl:
+        Task.open(config.rl.task).problems(config.rl.prompts_per_step, split="train", seed=0)
