@@ -43,8 +43,9 @@ SHAPE = {
 
 def build(kind: str, folder: Path, *, seed: int, num_experts: int = 4) -> Path:
     torch.manual_seed(seed)
-    if kind == "mixtral":
-        config = MixtralConfig(**SHAPE, intermediate_size=96, num_local_experts=num_experts, num_experts_per_tok=2)
+    if kind.startswith("mixtral"):
+        settings = {"num_local_experts": num_experts, "tie_word_embeddings": kind == "mixtral tied"}
+        config = MixtralConfig(**SHAPE, **settings, intermediate_size=96, num_experts_per_tok=2)
         MixtralForCausalLM(config).save_pretrained(folder)
     elif kind == "qwen3_moe":
         settings = {"moe_intermediate_size": 96, "num_experts": num_experts, "norm_topk_prob": True}
@@ -215,7 +216,7 @@ def test_routes_of_a_dense_model_are_refused_before_it_is_loaded(tmp_path):
         VllmEngine(build("llama", tmp_path, seed=0), EngineConfig(routes=True))
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama", "mixtral tied"])
 def test_refresh_holds_for_other_families(kind, tmp_path):
     first, second = build(kind, tmp_path / "first", seed=0), build(kind, tmp_path / "second", seed=1)
     engine = VllmEngine(first, EngineConfig(routes=kind != "llama", max_model_len=MAX_LEN))
