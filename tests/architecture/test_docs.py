@@ -27,7 +27,7 @@ def test_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     config = (tmp_path / "reference" / "config" / "index.html").read_text()
-    assert "load_balancing_coefficient" in config
+    assert "GlobalBatchLoss" in config
     commands = (tmp_path / "reference" / "cli" / "index.html").read_text()
     assert "moestro plan" in commands
     assert "/v1/completions" in (tmp_path / "reference" / "rest" / "index.html").read_text()

@@ -17,6 +17,7 @@ from moestro.config import (
     FileSource,
     ImportSeed,
     LifecycleConfig,
+    LossFreeBalance,
     MixConfig,
     ModelConfig,
     OptimizerConfig,
@@ -26,6 +27,7 @@ from moestro.config import (
     TrainingConfig,
     TuneConfig,
     ZeroRouter,
+    ZLoss,
 )
 from moestro.config.base import EXECUTION
 
@@ -69,9 +71,13 @@ def lifecycle(**changes: Any) -> LifecycleConfig:
         (
             {
                 "mix": MixConfig(selection="loss_free"),
-                "tune": TuneConfig(training=TrainingConfig(steps=1), z_loss_coefficient=0.1),
+                "tune": TuneConfig(training=TrainingConfig(steps=1), losses=(ZLoss(),)),
             },
-            "z_loss_coefficient: mix.selection is loss_free",
+            "tune.losses: mix.selection is loss_free",
+        ),
+        (
+            {"tune": TuneConfig(training=TrainingConfig(steps=1), losses=(LossFreeBalance(),))},
+            "loss_free moves a correction bias, which takes mix.selection: loss_free",
         ),
         ({"tune": TuneConfig(training=LONG)}, r"tune\.training\.sequence_length: 1025 is longer"),
     ],

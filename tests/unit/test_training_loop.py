@@ -14,13 +14,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from moestro.artifacts import Job, file_digest
-from moestro.config import OptimizerConfig, TrainingConfig
+from moestro.config import GlobalBatchLoss, OptimizerConfig, TrainingConfig, ZLoss
 from moestro.data.packed import Mixture, PackedTokens
 from moestro.errors import ConfigError, InputError, TrainingError
 from moestro.models.routers import is_router_weight
-from moestro.models.routing import record_routes
 from moestro.training.loop import train
-from moestro.training.losses import RouterLosses
+from moestro.training.routing_losses import Context, routing_objective
 
 SHAPE = {
     "vocab_size": 64,
@@ -93,9 +92,9 @@ def train_any(model: PreTrainedModel, config: TrainingConfig, job: Job) -> None:
     if isinstance(model, LlamaForCausalLM):
         train(model, mixture(), config, job=job, trainable=lambda _: True)
         return
-    with record_routes(model) as record:
-        losses = RouterLosses(record, load_balancing_coefficient=0.01, z_loss_coefficient=0.001)
-        train(model, mixture(), config, job=job, trainable=lambda _: True, auxiliary=losses)
+    context = Context(model, [["code", "math", "prose", "seed"]] * 2, ("code", "math"))
+    objective = routing_objective([GlobalBatchLoss(), ZLoss()], context)
+    train(model, mixture(), config, job=job, trainable=lambda _: True, auxiliary=objective)
 
 
 def start(folder: Path, kind: str, dtype: str) -> subprocess.Popen[str]:
@@ -190,7 +189,7 @@ def test_metrics_and_history(tmp_path: Path) -> None:
     train_any(model_of("moe"), CONFIG, job_in(tmp_path, reporter))
     assert reporter.steps == list(range(1, 13))
     assert list(reporter.rows) == [5, 10, 12]
-    figures = {"loss", "grad_norm", "learning_rate", "load_balancing_loss", "z_loss", "max_violation"}
+    figures = {"loss", "grad_norm", "learning_rate", "load_balancing_loss", "z_loss", "max_violation", "dead_experts"}
     layers = {"expert_load_variation/layer_0", "expert_load_variation/layer_1"}
     assert set(reporter.rows[12]) == figures | layers | {"tokens_per_second"}
     rows = json.loads((tmp_path / "out/history.json").read_text())["steps"]

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from moestro.artifacts import Artifact, Job
-from moestro.config import OptimizerConfig, TrainingConfig, TuneConfig
+from moestro.config import GlobalBatchLoss, OptimizerConfig, TrainingConfig, TuneConfig, ZLoss
 from moestro.data.packed import Mixture, PackedTokens
 from moestro.data.tokenizer import train_bpe
 from moestro.errors import ConfigError, InputError
@@ -27,6 +27,7 @@ SHAPE = {
     "num_key_value_heads": 2,
 }
 ORIGINS = [["code", "math", "prose", "seed"]] * 2
+LOSSES = [{"type": "global_batch"}, {"type": "z_loss"}]
 TRAINING = TrainingConfig(steps=6, batch_size=4, accumulation=2, sequence_length=16, log_every=2)
 
 
@@ -74,7 +75,7 @@ def job_in(folder: Path) -> Job:
 @pytest.mark.parametrize("trainable", ["router", "all"])
 def test_what_tuning_changes(tmp_path: Path, trainable: str) -> None:
     model = mixed(tmp_path)
-    config = TuneConfig.model_validate({"training": TRAINING, "trainable": trainable, "z_loss_coefficient": 0.001})
+    config = TuneConfig.model_validate({"training": TRAINING, "trainable": trainable, "losses": LOSSES})
     result = tune(config, model=model, tokens=tokens_in(tmp_path), job=job_in(tmp_path / "job"))
     before = dict(load_model(model.path).named_parameters())
     after = dict(load_model(tmp_path / "job/out", tokenizer=True).named_parameters())
@@ -120,8 +121,8 @@ def test_the_loss_of_a_step_is_the_models_own(
 
 def test_sigmoid_routers_have_no_z_loss(tiny_moe: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     model = saved(tiny_moe("glm4_moe"), tmp_path, [["seed"] * 6] * 2)
-    config = TuneConfig(training=TRAINING, z_loss_coefficient=0.001)
-    with pytest.raises(ConfigError, match=r"z_loss_coefficient.*sigmoids.*Set it to 0"):
+    config = TuneConfig(training=TRAINING, losses=(ZLoss(),))
+    with pytest.raises(ConfigError, match=r"losses.*sigmoids.*Leave it out"):
         tune(config, model=model, tokens=tokens_in(tmp_path), job=job_in(tmp_path / "job"))
 
 
@@ -131,10 +132,10 @@ def test_the_balance_loss_balances(tmp_path: Path) -> None:
     optimizer = OptimizerConfig(learning_rate=2e-2, warmup_steps=0, weight_decay=0.0)
     training = TRAINING.model_copy(update={"steps": 20, "optimizer": optimizer})
     ends = {}
-    for coefficient in (0.0, 10.0):
-        config = TuneConfig(training=training, trainable="router", load_balancing_coefficient=coefficient)
-        ends[coefficient] = tune(config, model=model, tokens=tokens, job=job_in(tmp_path / f"job{coefficient}"))
-    assert ends[10.0]["max_violation"] < 0.5 * ends[0.0]["max_violation"]
+    for losses in ((), (GlobalBatchLoss(coefficient=10.0),)):
+        config = TuneConfig(training=training, trainable="router", losses=losses)
+        ends[len(losses)] = tune(config, model=model, tokens=tokens, job=job_in(tmp_path / f"job{len(losses)}"))
+    assert ends[1]["max_violation"] < 0.5 * ends[0]["max_violation"]
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Everything that can be configured, importable without torch, vLLM or Ray.
 
-`base` has the class all configs share, `data`, `training` and `stages` one config per concern, `lifecycle` the
-whole walk, `load` reads YAML. What a config holds is identity and enters fingerprints; `Resources` never does.
+`base` has the class all configs share, `data`, `training`, `routing` and `stages` one config per concern, `lifecycle`
+the whole walk, `load` reads YAML. What a config holds is identity and enters fingerprints; `Resources` never does.
 """
 
 from moestro.config.base import Config
@@ -55,6 +55,21 @@ from moestro.config.mixing import (
     Ties,
     ZeroRouter,
 )
+from moestro.config.routing import (
+    BipBalance,
+    DomainSupervision,
+    ErcLoss,
+    GlobalBatchLoss,
+    LossFreeBalance,
+    MutualInformationLoss,
+    ParameterRates,
+    RandomPartition,
+    RomaLoss,
+    RoutingLossConfig,
+    SwitchLoss,
+    UncertainTokens,
+    ZLoss,
+)
 from moestro.config.stages import (
     BranchConfig,
     CompressConfig,
@@ -73,6 +88,7 @@ from moestro.config.training import OptimizerConfig, TrainingConfig
 
 __all__ = [
     "AppendConfig",
+    "BipBalance",
     "BlendedExperts",
     "BranchConfig",
     "BranchesConfig",
@@ -90,44 +106,56 @@ __all__ = [
     "DomainEmbeddingRouter",
     "DomainEmbeddingRow",
     "DomainExperts",
+    "DomainSupervision",
     "DropUpcyclingExperts",
+    "ErcLoss",
     "ErcRouter",
     "EvaluateConfig",
     "ExpertsConfig",
     "FileSource",
     "FineGrainedExperts",
+    "GlobalBatchLoss",
     "ImportSeed",
     "KeepSeed",
     "LifecycleConfig",
+    "LossFreeBalance",
     "Mean",
     "MeanRow",
     "MergeConfig",
     "MixConfig",
     "ModelConfig",
+    "MutualInformationLoss",
     "OptimizerConfig",
+    "ParameterRates",
     "ParityGate",
     "PretrainSeed",
     "ProfileConfig",
     "PromptRouter",
     "Prompts",
+    "RandomPartition",
     "RandomRouter",
     "RandomRow",
     "RemoveConfig",
     "Resources",
     "RestConfig",
     "RlConfig",
+    "RomaLoss",
     "RouterConfig",
+    "RoutingLossConfig",
     "RowConfig",
     "SeedConfig",
     "Source",
     "SparseUpcyclingExperts",
     "SplitConfig",
+    "SwitchLoss",
     "TaskConfig",
     "TaskSource",
     "Ties",
     "TokensConfig",
     "TrainingConfig",
     "TuneConfig",
+    "UncertainTokens",
+    "ZLoss",
     "ZeroRouter",
     "ZeroRow",
     "load_lifecycle",

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from moestro.config.base import EXECUTION, Config
 from moestro.config.data import DataConfig, DomainName, TokensConfig
 from moestro.config.mixing import MixConfig
+from moestro.config.routing import BIASED
 from moestro.config.stages import (
     BranchConfig,
     CompressConfig,
@@ -123,10 +124,16 @@ class LifecycleConfig(Config):
 
     @model_validator(mode="after")
     def _losses_suit_the_router(self) -> "LifecycleConfig":
-        if self.mix.selection == "loss_free" and self.tune and self.tune.z_loss_coefficient:
-            raise ValueError(
-                "tune.z_loss_coefficient: mix.selection is loss_free, whose sigmoids have no normaliser: 0"
-            )
+        biased = self.mix.selection == "loss_free"
+        for loss in self.tune.losses if self.tune else ():
+            if loss.type == "z_loss" and biased:
+                raise ValueError(
+                    "tune.losses: mix.selection is loss_free, whose sigmoids have no normaliser for a z_loss"
+                )
+            if loss.type in BIASED and not biased:
+                raise ValueError(
+                    f"tune.losses: {loss.type} moves a correction bias, which takes mix.selection: loss_free"
+                )
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from moestro.config.base import EXECUTION, Config
 from moestro.config.data import DomainName, TaskConfig
+from moestro.config.routing import REROUTING, GlobalBatchLoss, ParameterRates, RoutingLossConfig
 from moestro.config.training import OptimizerConfig, TrainingConfig
 
 
@@ -94,12 +95,24 @@ class TuneConfig(Config):
 
     training: TrainingConfig
     """The training run."""
-    trainable: Literal["all", "router"] = "all"
+    trainable: Literal["all", "router", "experts", "non_experts"] = "all"
     """Which weights train."""
-    load_balancing_coefficient: float = Field(0.01, ge=0)
-    """Weight of the per-layer load-balancing loss over the global batch."""
-    z_loss_coefficient: float = Field(0.0, ge=0)
-    """Weight of the router z-loss (ST-MoE); 0 switches it off."""
+    frozen_experts: tuple[str, ...] = ()
+    """Origins (domains, `seed`) of experts that stay as they are."""
+    rates: ParameterRates = ParameterRates()
+    """Factors of the learning rate by group of parameters."""
+    losses: tuple[RoutingLossConfig, ...] = (GlobalBatchLoss(),)
+    """What is added to the cross entropy; none: `[]`."""
+
+    @model_validator(mode="after")
+    def _losses_go_together(self) -> "TuneConfig":
+        types = [loss.type for loss in self.losses]
+        if repeated := sorted({name for name in types if types.count(name) > 1}):
+            raise ValueError(f"losses: {repeated[0]} is there twice")
+        rerouting = [name for name in types if name in REROUTING]
+        if len(rerouting) > 1:
+            raise ValueError(f"losses: {' and '.join(rerouting)} both decide which experts a token takes; keep one")
+        return self
 
 
 class RlConfig(Config):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 _ROUTER_WEIGHT = re.compile(
     r"(?:.*\.)?layers\.\d+\.(?:mlp\.(?:gate|shared_expert_gate)|block_sparse_moe\.router)\.weight"
 )
+_EXPERT_WEIGHT = re.compile(r"(?:.*\.)?layers\.\d+\.(?:mlp|block_sparse_moe)\.experts\..+")
 
 
 def routers(model: PreTrainedModel) -> list[nn.Module]:
@@ -47,6 +48,11 @@ def is_router_weight(name: str) -> bool:
     So does the gate of a shared expert: it says how much of that expert a token gets.
     """
     return _ROUTER_WEIGHT.fullmatch(name) is not None
+
+
+def is_expert_weight(name: str) -> bool:
+    """Whether a parameter of that name holds the routed experts of a layer (`...layers.3.mlp.experts.down_proj`)."""
+    return _EXPERT_WEIGHT.fullmatch(name) is not None
 
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:

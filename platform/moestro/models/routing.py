@@ -79,7 +79,7 @@ def record_routes(model: PreTrainedModel) -> Iterator[RoutingRecord]:
     Under gradient checkpointing the record keeps what the forward pass decided and ignores recomputation.
     Raises `InputError` for a model without routers, `RuntimeError` if a router did not fire exactly once.
     """
-    found = _known_routers(model)
+    found = known_routers(model)
     gating = GATINGS[type(found[0])]
     record, passes = RoutingRecord(gating=gating), _Passes(len(found))
 
@@ -112,7 +112,7 @@ def replay_routes(model: PreTrainedModel, routes_TLK: Tensor) -> Iterator[None]:
     Raises `ValueError` for ids out of range, repeated within a token, or of the wrong shape, and `RuntimeError` if a
     router did not fire exactly once, on exactly T rows, or if no forward pass was made.
     """
-    found = _known_routers(model)
+    found = known_routers(model)
     _check_routes(routes_TLK, found)
     passes = _Passes(len(found))
     graph = False
@@ -162,7 +162,8 @@ def _hooks(model: PreTrainedModel, passes: _Passes, begin: Callable[..., None]) 
             handle.remove()
 
 
-def _known_routers(model: PreTrainedModel) -> list[nn.Module]:
+def known_routers(model: PreTrainedModel) -> list[nn.Module]:
+    """The routers in layer order; raises `InputError` if there is none, or one of a class unknown to `GATINGS`."""
     found = routers(model)
     unknown = {type(router).__name__ for router in found if type(router) not in GATINGS}
     if not found or unknown:

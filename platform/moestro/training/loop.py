@@ -21,8 +21,8 @@ from moestro.config import TrainingConfig
 from moestro.data.packed import Mixture
 from moestro.errors import ConfigError, TrainingError
 from moestro.training.attention import training_attention
+from moestro.training.auxiliary import Auxiliary
 from moestro.training.history import History, TrainingResult
-from moestro.training.losses import Auxiliary
 from moestro.training.objective import backward
 from moestro.training.optimizer import build_optimizer
 from moestro.training.runtime import deterministic, keep_freed_memory
@@ -58,6 +58,8 @@ def train(
         stack.enter_context(deterministic())
         stack.enter_context(keep_freed_memory())
         stack.enter_context(training_attention(model, dtype=run.dtype, positions=config.sequence_length))
+        if auxiliary:
+            stack.enter_context(auxiliary.attached())
         result = run.all_steps()
     model.eval()
     return result
@@ -119,17 +121,19 @@ class _Run:
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns its figures. Weights are left alone if anything is not finite."""
         config = self.config
-        tokens_BS, domains_B = self.mixture.batch(step, config.batch_size)
-        loss = backward(
-            self.model, tokens_BS, accumulation=config.accumulation, dtype=self.dtype, auxiliary=self.auxiliary
-        )
+        batch = self.mixture.batch(step, config.batch_size)
+        if self.auxiliary:
+            self.auxiliary.begin(step, config.steps)
+        loss = backward(self.model, batch, accumulation=config.accumulation, dtype=self.dtype, auxiliary=self.auxiliary)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._not_finite(step, loss, norm, domains_B)
+            raise self._not_finite(step, loss, norm, batch.domains_B)
         learning_rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.auxiliary:
+            self.auxiliary.end()
         self.history.losses.append(loss)
         return {"grad_norm": norm, "learning_rate": learning_rate}
 
@@ -153,6 +157,8 @@ class _Run:
             return 0
         self.history = History(**extra["history"])
         self.seconds = extra["seconds"]
+        if self.auxiliary:
+            self.auxiliary.restore(extra["auxiliary"])
         return done
 
     def _save(self, done: int) -> None:
@@ -162,7 +168,11 @@ class _Run:
             model=self.model,
             optimizer=self.optimizer,
             schedule=self.schedule,
-            extra={"history": asdict(self.history), "seconds": self.seconds},
+            extra={
+                "history": asdict(self.history),
+                "seconds": self.seconds,
+                "auxiliary": self.auxiliary.state() if self.auxiliary else {},
+            },
         )
 
     def _result(self) -> TrainingResult:

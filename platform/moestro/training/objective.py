@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moestro.data.packed import Batch
 from moestro.errors import InputError
+from moestro.training.auxiliary import Auxiliary, MicroBatch
 from moestro.training.cross_entropy import head_cross_entropy
-from moestro.training.losses import Auxiliary
 
 
-def next_token_loss(model: PreTrainedModel, tokens_BS: Tensor) -> Tensor:
-    """Mean cross entropy of predicting each next token, nats (scalar).
+def next_token_loss(model: PreTrainedModel, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy of predicting each next token, nats (scalar), and what the head read, [B, S, D].
 
     Raises `InputError` for a token id beyond the vocabulary.
     """
@@ -26,12 +27,12 @@ def next_token_loss(model: PreTrainedModel, tokens_BS: Tensor) -> Tensor:
     hidden_BSD = model.base_model(input_ids=tokens_BS[:, :-1], use_cache=False).last_hidden_state
     if (scaling := getattr(model.config, "logits_scaling", 1.0)) != 1.0:
         hidden_BSD = hidden_BSD / scaling  # Granite divides its logits
-    return head_cross_entropy(hidden_BSD.flatten(0, 1), head.weight, tokens_BS[:, 1:].flatten())
+    return head_cross_entropy(hidden_BSD.flatten(0, 1), head.weight, tokens_BS[:, 1:].flatten()), hidden_BSD
 
 
 def backward(
     model: PreTrainedModel,
-    tokens_BS: Tensor,
+    batch: Batch,
     *,
     accumulation: int,
     dtype: torch.dtype,
@@ -42,12 +43,14 @@ def backward(
     Micro-batches are equal parts of the batch, so the mean of their means is the mean.
     """
     total = torch.zeros(())
-    if auxiliary:
-        auxiliary.begin()
-    for micro_BS in tokens_BS.chunk(accumulation):
+    for tokens_BS, domains_B in zip(
+        batch.tokens_BS.chunk(accumulation), batch.domains_B.chunk(accumulation), strict=True
+    ):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            cross_entropy = next_token_loss(model, micro_BS)
-        loss = cross_entropy + auxiliary.loss() if auxiliary else cross_entropy
+            cross_entropy, hidden_BSD = next_token_loss(model, tokens_BS)
+        loss = cross_entropy
+        if auxiliary:
+            loss = loss + auxiliary.loss(MicroBatch(tokens_BS, domains_B, hidden_BSD))
         (loss / accumulation).backward()
         total += cross_entropy.detach()
     return float(total / accumulation)

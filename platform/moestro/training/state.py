@@ -35,12 +35,13 @@ def save_state(
 ) -> None:
     """Keep everything that `step` finished steps have changed, and drop all but the last two checkpoints.
 
-    That is: the parameters that require gradients (the others still are what they were loaded as), optimiser,
-    schedule, the random states of PyTorch, NumPy and Python, and `extra` (JSON values and tensors).
+    That is: the parameters that require gradients and stored buffers, such as a router's correction bias (the others
+    still are what they were loaded as), optimiser, schedule, the random states of PyTorch, NumPy and Python, and `extra`
+    (JSON values and tensors).
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {
-        "parameters": {name: value.detach() for name, value in model.named_parameters() if value.requires_grad},
+        "parameters": _trained(model),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "random": _random_state(),
@@ -74,10 +75,9 @@ def load_state(
             path.unlink()
             continue
         state = torch.load(path, weights_only=True)
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in state["parameters"].items():
-                parameters[name].copy_(value)
+        trained = _trained(model)
+        for name, value in state["parameters"].items():
+            trained[name].copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         _set_random_state(state["random"])
@@ -85,6 +85,13 @@ def load_state(
             extra.update(state["extra"])
         return int(matched[1])
     return None
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters that require gradients, and persistent buffers; detached, by name."""
+    stored = model.state_dict().keys()
+    parameters = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    return parameters | {name: value for name, value in model.named_buffers() if name in stored}
 
 
 def publish(temporary: Path, target: Path) -> None:

@@ -4,21 +4,35 @@ import pytest
 import torch
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
+from moestro.config import GlobalBatchLoss, ZLoss
 from moestro.models.gating import GATINGS
 from moestro.models.routing import RoutingRecord
-from moestro.training.losses import (
-    RouterLosses,
+from moestro.training.auxiliary import MicroBatch
+from moestro.training.routing_losses import RoutingObjective
+from moestro.training.routing_losses.balance import (
+    GlobalBatchBalance,
     expert_counts,
     load_balancing_loss,
     load_variation,
     max_violation,
-    z_loss,
 )
+from moestro.training.routing_losses.z_loss import RouterZLoss, z_loss
+
+MICRO = MicroBatch(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1, 1))
 
 
 def record_of(logits_TE: torch.Tensor, top_k: int = 2) -> RoutingRecord:
     weights, ids = logits_TE.softmax(-1).topk(top_k)
     return RoutingRecord(logits=[logits_TE, -logits_TE], ids=[ids, (-logits_TE).topk(top_k).indices], weights=[weights])
+
+
+def objective(record: RoutingRecord, *, z: bool = False) -> RoutingObjective:
+    """On routes given by hand: no model is asked."""
+    made = RoutingObjective(None, [GlobalBatchBalance(GlobalBatchLoss(coefficient=1.0))])  # type: ignore[arg-type]
+    if z:
+        made.losses.append(RouterZLoss(ZLoss(coefficient=1.0)))
+    made.record = record
+    return made
 
 
 def test_balanced_routing_costs_one() -> None:
@@ -41,13 +55,12 @@ def test_z_loss_of_uniform_logits() -> None:
 def test_micro_batches_in_the_buffer_equal_the_concatenated_batch() -> None:
     logits_TE = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     whole, parts = RoutingRecord(), RoutingRecord()
-    one = RouterLosses(whole, load_balancing_coefficient=1.0, z_loss_coefficient=1.0)
-    many = RouterLosses(parts, load_balancing_coefficient=1.0, z_loss_coefficient=1.0)
+    one, many = objective(whole, z=True), objective(parts, z=True)
     whole.logits, whole.ids = record_of(logits_TE).logits, record_of(logits_TE).ids
-    loss = one.loss()
+    loss = one.loss(MICRO)
     for part_TE in logits_TE.chunk(4):
         parts.logits, parts.ids = record_of(part_TE).logits, record_of(part_TE).ids
-        many.loss()
+        many.loss(MICRO)
     assert many.metrics() == pytest.approx(one.metrics(), rel=1e-6)
     assert one.metrics()["load_balancing_loss"] + one.metrics()["z_loss"] == pytest.approx(float(loss), rel=1e-6)
 
@@ -57,13 +70,13 @@ def test_the_last_micro_batch_sees_the_counts_of_the_whole_step() -> None:
     generator = torch.Generator().manual_seed(1)
     first_TE, last_TE = torch.randn(2, 16, 4, generator=generator)
     record = RoutingRecord()
-    losses = RouterLosses(record, load_balancing_coefficient=1.0, z_loss_coefficient=0.0)
+    losses = objective(record)
     for step in range(2):  # a second step must start from empty buffers
-        losses.begin()
+        losses.begin(step, 2)
         for part_TE in (first_TE, last_TE):
             leaf_TE = part_TE.clone().requires_grad_()
             record.logits, record.ids = [leaf_TE], [leaf_TE.topk(1).indices]
-            losses.loss().backward()
+            losses.loss(MICRO).backward()
         counts_E = expert_counts(torch.cat([first_TE, last_TE]).topk(1).indices, 4).float()
         check_TE = last_TE.clone().requires_grad_()
         load_balancing_loss(counts_E, check_TE.softmax(-1)).backward()
@@ -75,12 +88,12 @@ def test_sigmoid_routers_are_balanced_on_normalised_sigmoids() -> None:
     logits_TE = torch.tensor([[9.0, 9.0, -1.0, -2.0], [9.0, 9.0, 0.5, 0.0]])
     ids_TK = torch.tensor([[0], [0]])
     record = RoutingRecord(logits=[logits_TE], ids=[ids_TK], gating=GATINGS[Glm4MoeTopkRouter])
-    loss = RouterLosses(record, load_balancing_coefficient=1.0, z_loss_coefficient=0.0).loss()
+    loss = objective(record).loss(MICRO)
     scores_TE = logits_TE.sigmoid()
     expected = 4 * (scores_TE[:, 0] / scores_TE.sum(-1)).mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     softmax = RoutingRecord(logits=[logits_TE], ids=[ids_TK])
-    assert float(RouterLosses(softmax, load_balancing_coefficient=1.0, z_loss_coefficient=0.0).loss()) != float(loss)
+    assert float(objective(softmax).loss(MICRO)) != float(loss)
 
 
 def test_the_balance_loss_pushes_the_crowded_expert_down() -> None:
