@@ -36,7 +36,7 @@ def save_state(
     """Keep everything that `step` finished steps have changed, and drop all but the last two checkpoints.
 
     That is: the parameters that require gradients and stored buffers, such as a router's correction bias (the others
-    still are what they were loaded as), optimiser, schedule, the random states of PyTorch, NumPy and Python, and `extra`
+    still are what they were loaded as), optimiser, schedule, random states of PyTorch, NumPy and Python, and `extra`
     (JSON values and tensors).
     """
     folder.mkdir(parents=True, exist_ok=True)
