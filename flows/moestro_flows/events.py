@@ -1,5 +1,6 @@
 """What a lifecycle tells whoever watches it, such as the terminal."""
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -18,6 +19,9 @@ class Listener(Protocol):
     def progress(self, step: str, done: int, total: int, message: str) -> None:
         """A step has done `done` of `total` units."""
 
+    def metrics(self, step: str, values: Mapping[str, float], at: int) -> None:
+        """A step's figures after `at` of its units, such as `loss` and `tokens_per_second`."""
+
     def ended(self, step: StepRun, record: Record | None) -> None:
         """A step is done, reused or failed."""
 
@@ -32,6 +36,9 @@ class Silence:
         """Ignore."""
 
     def progress(self, step: str, done: int, total: int, message: str) -> None:
+        """Ignore."""
+
+    def metrics(self, step: str, values: Mapping[str, float], at: int) -> None:
         """Ignore."""
 
     def ended(self, step: StepRun, record: Record | None) -> None:

@@ -9,7 +9,7 @@ anything.
 
 from typing import Any, Protocol
 
-from moestro.config import Config, LifecycleConfig, PretrainSeed
+from moestro.config import AnyBranch, Config, ImportBranch, LifecycleConfig
 
 
 class Run(Protocol):
@@ -27,9 +27,14 @@ def walk(config: LifecycleConfig, run: Run) -> None:
         if is_moe:
             run(f"profile {name}", "profile", config.profile, model=model, tokens=tokens)
 
+    def text(name: str, branch: AnyBranch) -> dict[str, Any]:
+        if isinstance(branch, ImportBranch):
+            return {}
+        return {"tokens": tokens[name], "general": {other: tokens[other] for other in config.general_text(name)}}
+
     corpora = {name: run(f"corpus {name}", "corpus", corpus) for name, corpus in config.data.corpus_configs().items()}
 
-    seed = run("seed", "seed", config.seed, corpora=corpora if isinstance(config.seed, PretrainSeed) else {})
+    seed = run("seed", "seed", config.seed, corpora={name: corpora[name] for name in config.seed_text()})
     tokens = {
         name: run(f"tokens {name}", "tokens", config.tokens, corpus=corpus, seed=seed)
         for name, corpus in corpora.items()
@@ -37,13 +42,14 @@ def walk(config: LifecycleConfig, run: Run) -> None:
     measure("seed", seed, is_moe=False)
 
     branches = {
-        name: run(f"branch {name}", "branch", branch, seed=seed, tokens=tokens[name])
+        name: run(f"branch {name}", "branch", branch, seed=seed, **text(name, branch))
         for name, branch in config.branch_configs().items()
     }
     for name, branch in branches.items():
         measure(f"branch {name}", branch, is_moe=False)
 
-    model = run("mix", "mix", config.mix, seed=seed, branches=branches, tokens=tokens)
+    own = {name: tokens[name] for name in branches}
+    model = run("mix", "mix", config.mix, seed=seed, branches=branches, tokens=own)
     measure("mix", model, is_moe=True)
 
     if config.tune:

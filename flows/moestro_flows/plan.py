@@ -14,6 +14,9 @@ from moestro.errors import ArtifactError
 from moestro.execution import Step
 from moestro.stages import STAGES
 from moestro_flows.lifecycle import walk
+from moestro_flows.outline import outline
+
+Action = Literal["reuse", "run", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,11 @@ class PlannedStep:
     name: str
     stage: str
     fingerprint: str
-    action: Literal["reuse", "run", "damaged"]
+    action: Action
     """`damaged`: its artifact is there and not what was published, which stops a run."""
     reason: str
+    work: str = ""
+    """What it trains, in a few words; empty for a step that does not."""
 
 
 @dataclass
@@ -47,15 +52,16 @@ class Plan:
         step = Step(stage, config, inputs)
         roles = step.roles()
         identity = step.identity(roles)
-        folder = self.store.folder(stage, identity)
-        if not folder.exists():
-            planned = PlannedStep(name, stage, identity, "run", self._why(step, roles))
-        elif damage := _damage(folder):
-            planned = PlannedStep(name, stage, identity, "damaged", damage)
-        else:
-            planned = PlannedStep(name, stage, identity, "reuse", "")
+        action, reason = self._action(step, roles, self.store.folder(stage, identity))
+        planned = PlannedStep(name, stage, identity, action, reason, outline(config))
         self.steps.append(planned)
         return planned
+
+    def _action(self, step: Step, roles: dict[str, Input], folder: Path) -> tuple[Action, str]:
+        if not folder.exists():
+            return "run", self._why(step, roles)
+        damage = _damage(folder)
+        return ("damaged", damage) if damage else ("reuse", "")
 
     def _why(self, step: Step, roles: dict[str, Input]) -> str:
         """What differs from the most similar artifact there is of this step."""

@@ -135,7 +135,8 @@ class Session:
     def _cores_on_cluster(self, stage: str) -> int | None:
         if STAGES[stage].background:
             return max(1, self.cluster.cpus // 2)
-        return self.config.resources.branch_cpus if stage == "branch" else None
+        resources = self.config.resources
+        return resources.branch_cpus if stage == "branch" else max(1, self.cluster.cpus // resources.branch_workers)
 
     def _share(self, cpus: int | None) -> Resources:
         return self.config.resources.model_copy(update={"cpus": cpus or self.cluster.cpus})
@@ -212,6 +213,7 @@ class _StepReporter:
         self.listener.progress(self.name, done, total, message)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.listener.metrics(self.name, values, step)
         self.tracked.metrics(values, step)
 
 

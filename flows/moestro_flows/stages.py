@@ -64,7 +64,7 @@ def _opened(home: Home, config_path: Path) -> Iterator[Session]:
     with Session.open(home, load_lifecycle(config_path)) as session:
         if session.needs_cluster:
             threading.Thread(target=import_module, args=("moestro.mixing",), daemon=True).start()
-            session.cluster.connect(workers=len(session.config.data.domains))
+            session.cluster.connect(workers=len(session.config.data.names("expert")))
         yield session
 
 

@@ -43,7 +43,7 @@ SHOWN: dict[str, tuple[tuple[str, str], ...]] = {
     "corpus": (("documents", "documents"), ("held_out_documents", "held out")),
     "tokens": (("tokens", "tokens"), ("held_out_tokens", "held out")),
     "seed": (("parameters", "parameters"), ("final_loss", "loss"), ("tokens_per_second", "tokens/s")),
-    "branch": (("final_loss", "loss"), ("tokens_per_second", "tokens/s")),
+    "branch": (("final_loss", "loss"), ("tokens_per_second", "tokens/s"), ("source", "imported from a")),
     "mix": (("experts", "experts"), ("parameters", "parameters")),
     "append": (("expert", "expert"), ("num_experts", "of"), ("parameters", "parameters")),
     "remove": (("removed", "without"), ("num_experts", "leaves"), ("parameters", "parameters")),

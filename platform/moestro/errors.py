@@ -47,8 +47,16 @@ class BusyError(MoestroError):
     """Something exclusive is in use: another run on the same home, a port."""
 
 
+class StaleAttemptError(MoestroError):
+    """An attempt at an artifact went on after a newer one had taken its place; it changes nothing any more."""
+
+
 class ResourceError(MoestroError):
     """The machine lacks something: disk space, memory, a package, a worker."""
+
+
+class LostWorkerError(ResourceError):
+    """A worker died, or its machine did; whoever started it may start another."""
 
 
 class GateError(MoestroError):

@@ -3,18 +3,33 @@
 import ctypes
 import gc
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moestro.artifacts import Artifact, ArtifactStore, Input, Job, Record, Reporter, SilentReporter, digest_files
+from moestro.artifacts import (
+    Artifact,
+    ArtifactStore,
+    Claimant,
+    Input,
+    Job,
+    Record,
+    Reporter,
+    SilentReporter,
+    digest_files,
+)
 from moestro.config import Config, Resources
 from moestro.stages import STAGES, flatten, identify, in_order, source_fingerprints
+
+NOWHERE = Path(os.devnull) / "out"
+"""Writing there fails."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +64,13 @@ def run_step(
     resources: Resources,
     reporter: Reporter | None = None,
     extras: Mapping[str, Any] | None = None,
+    claimant: Claimant | None = None,
+    began: Callable[[Path], None] | None = None,
 ) -> Artifact:
     """The artifact of `step`: the published one if there is one, else made now.
 
     `extras` are handed to the stage's function beside its inputs (the rollout engine) and never enter identity.
+    `claimant` knows who is lost. `began` is told the scratch folder if the stage is to run, for `follow_step`.
     Raises what the stage raises; then nothing is published and the next call resumes from its scratch.
     """
     roles = step.roles()
@@ -61,9 +79,12 @@ def run_step(
         return found
     function = STAGES[step.stage].load()
     _use_threads(resources.cpus)
-    with store.work(step.stage, identity) as work:
+    with store.work(step.stage, identity, claimant=claimant) as work:
         if found := store.find(step.stage, identity):
+            work.remove()
             return found
+        if began:
+            began(work.scratch)
         started = time.monotonic()
         job = Job(out=work.out, scratch=work.scratch, reporter=reporter or SilentReporter(), resources=resources)
         try:
@@ -83,6 +104,23 @@ def run_step(
             seconds=time.monotonic() - started,
         )
         return store.publish(work, record)
+
+
+def follow_step(step: Step, scratch: Path, *, resources: Resources) -> None:
+    """Take part in the training of `step`, which `run_step` runs in another process of the same process group.
+
+    It reads the scratch folder and writes nowhere. Raises what the stage raises.
+    """
+    from moestro.training.parallel import Followed
+
+    function = STAGES[step.stage].load()
+    _use_threads(resources.cpus)
+    job = Job(out=NOWHERE, scratch=scratch, resources=resources)
+    try:
+        with suppress(Followed):
+            function(step.config, **in_order(step.inputs), job=job)
+    finally:
+        _release_memory()
 
 
 def _use_threads(count: int | None) -> None:

@@ -1,12 +1,11 @@
 """The stages, one line each: what they are called, which config they take, and the pure function that does the work.
 
 A stage is `function(config, **inputs, job=job) -> result`: it fills `job.out` and returns its key figures as JSON
-values. Its inputs are artifacts, or, where `per_domain` has them, mappings of names to artifacts, which may be empty
-where `optional` has them. `version` is the stage's semantic version: raise it when the same config and inputs would
-give another result. `sources` names a
-function `(config) -> {name: fingerprint}` that identifies material from outside the store. `on_cluster` stages
-train; they run as Ray tasks. `background` stages measure: nothing waits for them, so they take the cores that others
-leave idle.
+values. Its inputs are artifacts, or, where `per_domain` has them, mappings of names to artifacts; those that `optional`
+has may be left out, or be empty. `version` is the stage's semantic version: raise it when the same config and inputs
+would give another result. `sources` names a function `(config) -> {name: fingerprint}` that identifies material from
+outside the store. `on_cluster` stages train; they run as Ray tasks. `background` stages measure: nothing waits for
+them, so they take the cores that others leave idle.
 """
 
 import importlib
@@ -52,7 +51,7 @@ STAGES: dict[str, Stage] = {
         inputs=("corpora",),
         per_domain=("corpora",),
         optional=("corpora",),
-        sources="moestro.seeding.sources:identify",
+        sources="moestro.models.sources:identify",
         on_cluster=True,
     ),
     "tokens": Stage(
@@ -60,9 +59,12 @@ STAGES: dict[str, Stage] = {
     ),
     "branch": Stage(
         version="1",
-        config=config.BranchConfig,
+        config=config.AnyBranch,
         function="moestro.branching:branch",
-        inputs=("seed", "tokens"),
+        inputs=("seed", "tokens", "general"),
+        per_domain=("general",),
+        optional=("tokens", "general"),
+        sources="moestro.models.sources:identify",
         on_cluster=True,
     ),
     "mix": Stage(

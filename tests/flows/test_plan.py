@@ -1,47 +1,18 @@
 """What `moestro plan` says: which steps run, and which field is to blame."""
 
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from moestro.artifacts import ArtifactStore, Record, digest_files
-from moestro.config import Config, LifecycleConfig, load_lifecycle
-from moestro.execution import Step
-from moestro_flows.lifecycle import walk
-from moestro_flows.plan import Plan, PlannedStep
+from moestro.artifacts import ArtifactStore
+from moestro.config import BranchOverride, LifecycleConfig, load_lifecycle
+from moestro_flows.plan import Plan
 
+PublishAll = Callable[[LifecycleConfig, ArtifactStore], None]
 TINY = Path(__file__).parents[1] / "e2e" / "tiny.yaml"
 
 
 def actions(plan: Plan) -> dict[str, str]:
     return {step.name: step.action for step in plan.steps}
-
-
-def publish_all(config: LifecycleConfig, store: ArtifactStore) -> None:
-    """Publish an artifact for each step under the identity it would have, without doing its work."""
-
-    def publish(name: str, stage: str, stage_config: Config, **inputs: Any) -> PlannedStep:
-        step = Step(stage, stage_config, inputs)
-        roles = step.roles()
-        identity = step.identity(roles)
-        with store.work(stage, identity) as work:
-            (work.out / "what.txt").write_text(name)
-            record = Record(
-                stage=stage,
-                version="1",
-                fingerprint=identity,
-                inputs=roles,
-                config=stage_config.model_dump(mode="json"),
-                result={},
-                files=digest_files(work.out),
-                code_version="test",
-                created_at=datetime.now(UTC),
-                seconds=0.0,
-            )
-            store.publish(work, record)
-        return PlannedStep(name, stage, identity, "run", "")
-
-    walk(config, publish)
 
 
 def test_a_fresh_store_runs_everything(tmp_path: Path) -> None:
@@ -50,7 +21,7 @@ def test_a_fresh_store_runs_everything(tmp_path: Path) -> None:
     assert plan.steps[0].reason == "never run"
 
 
-def test_a_finished_lifecycle_reuses_everything_whatever_the_resources(tmp_path: Path) -> None:
+def test_a_finished_lifecycle_reuses_everything_whatever_the_resources(tmp_path: Path, publish_all: PublishAll) -> None:
     config, store = load_lifecycle(TINY), ArtifactStore(tmp_path)
     publish_all(config, store)
     elsewhere = config.model_copy(
@@ -59,7 +30,7 @@ def test_a_finished_lifecycle_reuses_everything_whatever_the_resources(tmp_path:
     assert set(actions(Plan.of(elsewhere, store)).values()) == {"reuse"}
 
 
-def test_a_changed_field_runs_its_step_and_those_after_it_and_is_named(tmp_path: Path) -> None:
+def test_a_changed_field_runs_its_step_and_those_after_it_and_is_named(tmp_path: Path, publish_all: PublishAll) -> None:
     config, store = load_lifecycle(TINY), ArtifactStore(tmp_path)
     publish_all(config, store)
     assert config.rl is not None
@@ -72,10 +43,11 @@ def test_a_changed_field_runs_its_step_and_those_after_it_and_is_named(tmp_path:
     assert reasons["compress"] == "rl will run"
 
 
-def test_a_changed_branch_leaves_the_other_branch_alone(tmp_path: Path) -> None:
+def test_a_changed_branch_leaves_the_other_branch_alone(tmp_path: Path, publish_all: PublishAll) -> None:
     config, store = load_lifecycle(TINY), ArtifactStore(tmp_path)
     publish_all(config, store)
-    shorter = config.branch.training.model_copy(update={"steps": 7})
+    assert config.branch.training is not None
+    shorter = BranchOverride(training=config.branch.training.model_copy(update={"steps": 7}))
     changed = config.model_copy(update={"branch": config.branch.model_copy(update={"overrides": {"math": shorter}})})
     plan = Plan.of(changed, store)
     assert actions(plan)["branch code"] == "reuse"
@@ -84,7 +56,7 @@ def test_a_changed_branch_leaves_the_other_branch_alone(tmp_path: Path) -> None:
     assert actions(plan)["mix"] == "run"
 
 
-def test_a_damaged_artifact_is_neither_reused_nor_passed_over(tmp_path: Path) -> None:
+def test_a_damaged_artifact_is_neither_reused_nor_passed_over(tmp_path: Path, publish_all: PublishAll) -> None:
     config, store = load_lifecycle(TINY), ArtifactStore(tmp_path)
     publish_all(config, store)
     steps = {step.name: step for step in Plan.of(config, store).steps}

@@ -29,11 +29,11 @@ with ArtifactStore(Path(sys.argv[1])).work("tune", "b" * 64) as work:
 
 def leave(home: Home, stage: str, name: str, count: int) -> Path:
     """What a killed stage leaves."""
-    scratch = home.path / "work" / stage / name / "scratch"
-    scratch.mkdir(parents=True)
-    (scratch / "state").write_bytes(b"1" * count)
-    scratch.parent.with_suffix(".lock").write_text("{}")
-    return scratch.parent
+    folder = home.path / "work" / stage / f"{name}.3"
+    (folder / "scratch").mkdir(parents=True)
+    (folder / "scratch" / "state").write_bytes(b"1" * count)
+    folder.with_name(f"{folder.name}.lock").write_text('{"pid": 1, "host": "gone", "labels": {}}')
+    return folder
 
 
 def clean() -> dict[str, Any]:
@@ -58,7 +58,7 @@ def test_abandoned_scratch_goes_and_a_running_process_keeps_its_own(built_home: 
             "size": 30,
         }
         assert not gone.exists()
-        assert (built_home.path / "work" / "tune" / RUNNING / "scratch" / "state").read_bytes() == b"2" * 20
+        assert (built_home.path / "work" / "tune" / f"{RUNNING}.1" / "scratch" / "state").read_bytes() == b"2" * 20
         process.kill()
     assert clean()["removed"] == [{"name": f"tune/{RUNNING}", "size": 20}]
     assert clean() == {"removed": [], "in_use": [], "size": 0}

@@ -1,4 +1,4 @@
-"""A private PostgreSQL for the tests that need one."""
+"""A private PostgreSQL for the tests that need one, and a branch that trains for some seconds."""
 
 import getpass
 import os
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +60,39 @@ def new_postgres_database() -> Iterator[Callable[[], str]]:
         server.send_signal(signal.SIGQUIT)  # immediate: what it would write is deleted anyway
         server.communicate(timeout=60)
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def branch_step(tmp_path: Path) -> Callable[..., Any]:
+    """Makes a step: a branch of a tiny model on random tokens, with a checkpoint every few hundredths of a second.
+
+    Arguments are fields of its training.
+    """
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moestro.artifacts import Artifact
+    from moestro.config import BranchConfig, TrainingConfig
+    from moestro.data.tokenizer import train_bpe
+    from moestro.execution import Step
+    from moestro.models.checkpoint import save_model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    train_bpe(["some text"], 300).save_pretrained(tmp_path / "tokenizer")
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
+    save_model(model, tmp_path / "seed", tokenizer_from=tmp_path / "tokenizer")
+    (tmp_path / "tokens").mkdir()
+    ids = np.random.default_rng(0).integers(0, 300, 5000).astype(np.uint16)
+    for split in ("train", "held_out"):
+        np.save(tmp_path / "tokens" / f"{split}.npy", ids)
+        np.save(tmp_path / "tokens" / f"{split}_documents.npy", np.zeros(1, dtype=np.int64))
+    inputs = {"seed": Artifact(tmp_path / "seed", "seed", "5"), "tokens": Artifact(tmp_path / "tokens", "tokens", "7")}
+    usual: dict[str, Any] = {"batch_size": 8, "sequence_length": 64, "checkpoint_every": 10, "log_every": 1}
+
+    def make(steps: int, **fields: Any) -> Step:
+        training = TrainingConfig(steps=steps, **usual | {"max_epochs": 10_000.0} | fields)
+        return Step("branch", BranchConfig(domain="code", training=training), inputs)
+
+    return make

@@ -3,18 +3,22 @@
 Each test runs real processes; a line on a child's standard output says how far it has come.
 """
 
+import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from moestro.artifacts import ArtifactStore, exclusive, fingerprint
+from moestro.config import Resources
 from moestro.errors import BusyError
+from moestro.execution import Step, run_step
 
 IDENTITY = fingerprint("tune", "1", {}, {})
 
@@ -76,6 +80,26 @@ except ResourceError as error:
 """
 
 
+FULL_STAGE = """
+import json, pickle, subprocess, sys
+from pathlib import Path
+from moestro.artifacts import ArtifactStore
+from moestro.config import Resources
+from moestro.errors import ResourceError
+from moestro.execution import run_step
+
+folder, step = Path(sys.argv[1]), pickle.loads(Path(sys.argv[2]).read_bytes())
+try:
+    run_step(ArtifactStore(folder), step, resources=Resources(cpus=1))
+except ResourceError as error:
+    print(error)
+print([path.name[:13] for path in folder.rglob("step-*")], [path.name for path in folder.glob("artifacts/*/*")])
+subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+made = run_step(ArtifactStore(folder), step, resources=Resources(cpus=1))
+print(json.dumps({name: entry.sha256 for name, entry in made.record.files.items()}))
+"""
+
+
 @contextmanager
 def child(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A Python process running `script`; killed at the end if it still lives."""
@@ -115,7 +139,7 @@ def test_the_same_work_in_two_processes_is_refused_naming_the_first(tmp_path: Pa
             ArtifactStore(tmp_path).work("tune", IDENTITY),
         ):
             pass
-        assert (tmp_path / "work" / "tune" / IDENTITY[:16] / "out" / "model.safetensors").exists()
+        assert (tmp_path / "work" / "tune" / f"{IDENTITY[:16]}.1" / "out" / "model.safetensors").exists()
 
 
 def test_other_work_is_not_held_up(tmp_path: Path) -> None:
@@ -139,13 +163,16 @@ def test_who_waits_goes_in_when_the_holder_leaves(tmp_path: Path) -> None:
         waiter_context.__exit__(None, None, None)
 
 
-def in_tiny_filesystem(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run `script` on a file system of 1 MB that exists for that process alone (a private mount namespace)."""
-    mount = 'mount -t tmpfs -o size=1m none "$0" && exec "$1" -c "$2" "$0"'
+def in_tiny_filesystem(
+    folder: Path, script: str, *arguments: str, size: str = "1m"
+) -> subprocess.CompletedProcess[str]:
+    """Run `script` on a file system of that size that exists for that process alone (a private mount namespace)."""
+    mount = f'mount -t tmpfs -o size={size} none "$0" && python="$1" script="$2" && shift 2 && '
+    mount += 'exec "$python" -c "$script" "$0" "$@"'
     unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
     if subprocess.run([*unshare, "sh", "-c", 'mount -t tmpfs none "$0"', str(folder)], check=False).returncode:
         pytest.skip("this machine allows no private mounts")
-    command = [*unshare, "sh", "-c", mount, str(folder), sys.executable, script]
+    command = [*unshare, "sh", "-c", mount, str(folder), sys.executable, script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -157,3 +184,22 @@ def test_a_full_disk_is_one_readable_error_whoever_writes(tmp_path: Path) -> Non
     for message in lines.values():
         assert message.startswith("No space left on the disk that holds"), message
         assert "it resumes" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpoint_every", "kept"), [(10, "step-00000010"), (30, "step-00000030")])
+def test_a_disk_that_fills_in_training_or_in_publishing_is_told_and_the_stage_resumes_when_there_is_room(
+    tmp_path: Path, branch_step: Callable[..., Step], checkpoint_every: int, kept: str
+) -> None:
+    """A checkpoint has 0.6 MB, the model 0.5 MB: there is no room for a second one of either beside the first."""
+    step = branch_step(30, checkpoint_every=checkpoint_every)
+    (tmp_path / "step").write_bytes(pickle.dumps(step))
+    (tmp_path / "disk").mkdir()
+    done = in_tiny_filesystem(tmp_path / "disk", FULL_STAGE, str(tmp_path / "step"), size="900k")
+    assert done.returncode == 0, done.stderr
+    message, left, files = done.stdout.splitlines()[-3:]
+    assert message.startswith("No space left on the disk that holds"), message
+    assert "it resumes" in message
+    assert left == f"['{kept}'] []"
+    alone = run_step(ArtifactStore(tmp_path / "alone"), step, resources=Resources(cpus=1))
+    assert json.loads(files) == {name: entry.sha256 for name, entry in alone.record.files.items()}

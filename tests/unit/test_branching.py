@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from moestro.artifacts import Artifact, Job
 from moestro.branching import branch
+from moestro.branching.training import _mixture
 from moestro.config import BranchConfig, TrainingConfig
 from moestro.data.tokenizer import train_bpe
 from moestro.errors import InputError
@@ -86,6 +87,47 @@ def test_a_seed_without_tokenizer_is_refused_before_training(tmp_path: Path) -> 
     with pytest.raises(InputError, match="no tokenizer"):
         branch(BranchConfig(domain="code", training=TRAINING), seed=seed, tokens=tokens_in(tmp_path, "code"), job=job)
     assert not list(job.scratch.iterdir())
+
+
+def test_general_text_comes_between_and_changes_the_branch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    seed = saved(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path)
+    code, general = tokens_in(tmp_path, "code"), {"web": tokens_in(tmp_path, "web"), "law": tokens_in(tmp_path, "law")}
+    found = {}
+    for share, others in ((0.0, {}), (0.5, general), (0.25, general)):
+        config = BranchConfig(domain="code", training=TRAINING, general_share=share)
+        result = branch(config, seed=seed, tokens=code, general=others, job=job_in(tmp_path / f"job {share}"))
+        found[share] = load_file(tmp_path / f"job {share}/out/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+        assert result["tokens"] == 6 * 4 * 16
+    assert not torch.equal(found[0.0], found[0.5])
+    assert not torch.equal(found[0.25], found[0.5])
+
+
+def test_general_text_is_that_of_all_its_domains_alike(tmp_path: Path) -> None:
+    config = BranchConfig(domain="code", training=TRAINING, general_share=0.3)
+    general = {"law": tokens_in(tmp_path, "law"), "web": tokens_in(tmp_path, "web")}
+    mixture = _mixture(config, tokens_in(tmp_path, "code"), general)
+    assert list(mixture.domains) == ["code", "law", "web"]
+    assert mixture.batch(0, 200).domains_B.bincount().tolist() == [140, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("share", "others", "message"),
+    [
+        (0.1, (), "general_share is 0.1, and there is no general text"),
+        (0.0, ("web",), "Tokens of web are handed in as general text, but general_share is 0"),
+        (0.1, ("code",), "of code are handed in as general text of its own branch"),
+    ],
+)
+def test_tokens_that_do_not_suit_the_share_are_refused(
+    share: float, others: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    config = BranchConfig(domain="code", training=TRAINING, general_share=share)
+    general = {name: tokens_in(tmp_path / "general", name) for name in others}
+    with pytest.raises(InputError, match=message):
+        _mixture(config, tokens_in(tmp_path, "code"), general)
+    with pytest.raises(InputError, match="no tokens of code"):
+        _mixture(config, None, general)
 
 
 def test_a_branch_of_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:

@@ -7,18 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from moestro.artifacts import Artifact, ArtifactStore, SilentReporter
 from moestro.cluster import Cluster
-from moestro.config import BranchConfig, EvaluateConfig, Resources, TrainingConfig
-from moestro.data.tokenizer import train_bpe
+from moestro.config import EvaluateConfig, Resources
 from moestro.execution import Step, run_step
-from moestro.models.checkpoint import save_model
 from moestro_flows.home import Home
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -47,22 +42,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cluster
 
 
 @pytest.fixture
-def step(tmp_path: Path) -> Step:
-    """A branch of some seconds, with a checkpoint every few hundredths of one."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
-    )
-    train_bpe(["some text"], 300).save_pretrained(tmp_path / "tokenizer")
-    save_model(LlamaForCausalLM(config), tmp_path / "seed", tokenizer_from=tmp_path / "tokenizer")
-    (tmp_path / "tokens").mkdir()
-    ids = np.random.default_rng(0).integers(0, 300, 5000).astype(np.uint16)
-    for split in ("train", "held_out"):
-        np.save(tmp_path / "tokens" / f"{split}.npy", ids)
-        np.save(tmp_path / "tokens" / f"{split}_documents.npy", np.zeros(1, dtype=np.int64))
-    training = TrainingConfig(steps=400, batch_size=8, sequence_length=64, checkpoint_every=10, log_every=1)
-    inputs = {"seed": Artifact(tmp_path / "seed", "seed", "5"), "tokens": Artifact(tmp_path / "tokens", "tokens", "7")}
-    return Step("branch", BranchConfig(domain="code", training=training), inputs)
+def step(branch_step: Callable[..., Step]) -> Step:
+    return branch_step(400)
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -45,7 +45,10 @@ def test_misspelt_field_is_named_with_its_place_and_the_nearest_valid_name() -> 
     [
         ({"seed": {"type": "pretrain", "training": {"stepz": 4}}}, "seed.training.stepz"),
         ({"data": {"domains": [{"name": "a", "source": {"type": "files", "pathz": ["x"]}}]}}, "source.pathz"),
-        ({"branch": {"training": {"steps": 2}, "overrides": {"code": {"stepz": 2}}}}, "branch.overrides.code.stepz"),
+        (
+            {"branch": {"training": {"steps": 2}, "overrides": {"code": {"training": {"stepz": 2}}}}},
+            "code.training.stepz",
+        ),
     ],
 )
 def test_suggestions_reach_into_unions_lists_and_mappings(changes: dict[str, Any], place: str) -> None:
@@ -55,6 +58,13 @@ def test_suggestions_reach_into_unions_lists_and_mappings(changes: dict[str, Any
 
 def test_a_name_that_is_valid_elsewhere_only_is_not_suggested() -> None:
     assert complaint(mix={"losses": []}) == "walk.yaml: mix.losses: unknown field"
+
+
+def test_where_no_name_is_like_it_the_few_there_are_are_listed() -> None:
+    message = complaint(branch={"training": {"steps": 2}, "overrides": {"code": {"steps": 2}}})
+    assert message == (
+        "walk.yaml: branch.overrides.code.steps: unknown field; fields are general_share, trainable, training"
+    )
 
 
 def test_every_mistake_is_listed_at_once() -> None:

@@ -6,7 +6,10 @@ import pytest
 from pydantic import Field, ValidationError
 
 from moestro.config import (
+    BipBalance,
+    BranchConfig,
     BranchesConfig,
+    BranchOverride,
     BuiltinSource,
     CompressConfig,
     Config,
@@ -38,6 +41,10 @@ def domains(*names: str) -> DataConfig:
     return DataConfig(domains=tuple(DomainConfig(name=name, source=BuiltinSource(name="docs")) for name in names))
 
 
+def override(**training: Any) -> BranchOverride:
+    return BranchOverride(training=TrainingConfig(**training))
+
+
 def lifecycle(**changes: Any) -> LifecycleConfig:
     parts: dict[str, Any] = {
         "name": "small",
@@ -53,7 +60,7 @@ def lifecycle(**changes: Any) -> LifecycleConfig:
     [
         ({"data": domains("code", "code")}, "names must differ"),
         (
-            {"branch": BranchesConfig(training=TrainingConfig(steps=2), overrides={"poetry": TrainingConfig(steps=1)})},
+            {"branch": BranchesConfig(training=TrainingConfig(steps=2), overrides={"poetry": override(steps=1)})},
             r"no domain named \['poetry'\]",
         ),
         ({"mix": MixConfig(num_experts_per_tok=4)}, "4 of only 3 experts"),
@@ -65,8 +72,12 @@ def lifecycle(**changes: Any) -> LifecycleConfig:
         ({"evaluate": EvaluateConfig(sequence_length=2048)}, "evaluate.sequence_length: 2048 is longer"),
         ({"branch": BranchesConfig(training=LONG)}, r"branch\.training\.sequence_length: 1025 is longer"),
         (
-            {"branch": BranchesConfig(training=TrainingConfig(steps=2), overrides={"code": LONG})},
-            r"branch\.overrides\.code\.sequence_length: 1025 is longer",
+            {
+                "branch": BranchesConfig(
+                    training=TrainingConfig(steps=2), overrides={"code": BranchOverride(training=LONG)}
+                )
+            },
+            r"branch\.overrides\.code\.training\.sequence_length: 1025 is longer",
         ),
         (
             {
@@ -78,6 +89,14 @@ def lifecycle(**changes: Any) -> LifecycleConfig:
         (
             {"tune": TuneConfig(training=TrainingConfig(steps=1), losses=(LossFreeBalance(),))},
             "loss_free moves a correction bias, which takes mix.selection: loss_free",
+        ),
+        (
+            {
+                "data": domains("code", "prose", "sums"),
+                "mix": MixConfig(selection="loss_free", num_groups=2, num_groups_per_tok=1),
+                "tune": TuneConfig(training=TrainingConfig(steps=1), losses=(BipBalance(),)),
+            },
+            "tune.losses: bip balances over all experts, mix.num_groups_per_tok leaves some out",
         ),
         ({"tune": TuneConfig(training=LONG)}, r"tune\.training\.sequence_length: 1025 is longer"),
     ],
@@ -124,9 +143,10 @@ def test_configs_never_change() -> None:
 
 
 def test_branches_take_the_shared_training_or_their_own() -> None:
-    own = TrainingConfig(steps=9)
-    config = lifecycle(branch=BranchesConfig(training=TrainingConfig(steps=2), overrides={"prose": own}))
-    assert {name: branch.training.steps for name, branch in config.branch_configs().items()} == {"code": 2, "prose": 9}
+    overrides = {"prose": override(steps=9)}
+    configs = lifecycle(branch=BranchesConfig(training=TrainingConfig(steps=2), overrides=overrides)).branch_configs()
+    steps = {name: branch.training.steps for name, branch in configs.items() if isinstance(branch, BranchConfig)}
+    assert steps == {"code": 2, "prose": 9}
 
 
 def test_identity_is_every_field_but_those_marked_execution() -> None:
@@ -159,7 +179,7 @@ def test_identity_leaves_execution_out_at_every_depth() -> None:
     "other",
     [
         {"name": "another"},
-        {"resources": Resources(cpus=1, max_retries=0)},
+        {"resources": Resources(cpus=1, branch_workers=2, max_retries=0)},
         {"branch": BranchesConfig(training=TrainingConfig(steps=2, checkpoint_every=1))},
     ],
 )
@@ -169,3 +189,18 @@ def test_where_and_how_a_lifecycle_runs_is_not_identity(other: dict[str, Any]) -
 
 def test_what_a_lifecycle_computes_is_identity() -> None:
     assert lifecycle(mix=MixConfig(router=ZeroRouter())).identity() != lifecycle().identity()
+
+
+def test_two_rules_do_not_move_one_bias() -> None:
+    with pytest.raises(ValidationError, match="loss_free and bip both move the correction bias; keep one"):
+        TuneConfig(training=TrainingConfig(steps=1), losses=(BipBalance(), LossFreeBalance()))
+
+
+def test_workers_that_cannot_share_a_batch_are_refused() -> None:
+    training = TrainingConfig(steps=1, batch_size=12, accumulation=2)
+    fits = {"seed": ImportSeed(path="somewhere"), "branch": BranchesConfig(training=training)}
+    lifecycle(**fits, resources=Resources(branch_workers=3))
+    with pytest.raises(
+        ValidationError, match=r"resources.branch_workers: 4 workers cannot share the training of the br"
+    ):
+        lifecycle(**fits, resources=Resources(branch_workers=4))

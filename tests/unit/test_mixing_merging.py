@@ -19,8 +19,8 @@ from moestro.execution import Step, run_step
 from moestro.mixing import mix
 from moestro.mixing.merging import METHODS, Merger, group_of, sources
 from moestro.mixing.merging.dare import kept
-from moestro.mixing.vocabulary import Vocabulary
 from moestro.models.checkpoint import load_model, save_model
+from moestro.models.vocabulary import Vocabulary
 from moestro.models.weights import StoredWeights
 
 NAME = "model.layers.0.self_attn.q_proj.weight"

@@ -19,8 +19,9 @@ from moestro.mixing import mix
 from moestro.mixing.recipes import plan_experts
 from moestro.mixing.starts import STARTS, router_weights
 from moestro.mixing.starts.context import StartContext
-from moestro.mixing.starts.erc import activation_norms, couple, erc_loss
+from moestro.mixing.starts.erc import couple
 from moestro.models.checkpoint import load_model, save_model
+from moestro.models.coupling import activation_norms_by_grams, erc_loss
 from moestro.models.routers import feed_forwards, routers
 from moestro.models.weights import StoredWeights
 
@@ -200,7 +201,7 @@ def test_the_erc_loss_is_the_papers() -> None:
     generator = torch.Generator().manual_seed(0)
     rows_ND = torch.randn(3, 16, generator=generator)
     gates = [torch.randn(24, 16, generator=generator) for _ in range(3)]
-    norms_NN = activation_norms(rows_ND, torch.stack([gate_FD.T @ gate_FD for gate_FD in gates]))
+    norms_NN = activation_norms_by_grams(rows_ND, torch.stack([gate_FD.T @ gate_FD for gate_FD in gates]))
     torch.testing.assert_close(norms_NN, norms_of(rows_ND, gates))
     for alpha in (0.0, 0.5, 1.0):
         total = 0.0
@@ -239,11 +240,11 @@ def test_erc_does_not_descend_to_where_no_expert_reacts() -> None:
     gates[:, :, :8] *= 0.01
     drawn_ND = torch.nn.functional.normalize(torch.randn(4, 32, generator=generator), dim=1)
     grams_NDD = gates.mT @ gates
-    before_NN = activation_norms(drawn_ND, grams_NDD)
+    before_NN = activation_norms_by_grams(drawn_ND, grams_NDD)
     losses = []
     for steps in (1, 10, 100):
         rows_ND = couple(drawn_ND, grams_NDD, alpha=0.3, steps=steps, generator=torch.Generator().manual_seed(2))
-        norms_NN = activation_norms(rows_ND, grams_NDD)
+        norms_NN = activation_norms_by_grams(rows_ND, grams_NDD)
         assert norms_NN.mean() > 0.5 * before_NN.mean()
         losses.append(float(erc_loss(norms_NN / norms_NN.mean(), 0.3)))
     assert losses[0] > losses[1] > losses[2]

@@ -18,9 +18,9 @@ from moestro.config import MixConfig
 from moestro.data.tokenizer import load_tokenizer, train_bpe
 from moestro.errors import InputError
 from moestro.mixing import mix
-from moestro.mixing.compare import check_same_kind
-from moestro.mixing.vocabulary import Vocabulary
 from moestro.models.checkpoint import load_model, save_model
+from moestro.models.compare import check_same_kind
+from moestro.models.vocabulary import Vocabulary
 
 TEXT = "for x in range(10): pass"
 KNOWN = 272

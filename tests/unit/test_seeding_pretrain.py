@@ -119,3 +119,9 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_refused(tmp_path: Path) -> 
 def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a corpus"):
         seed(CONFIG, corpora={"code": Artifact(tmp_path, "corpus", "x")}, job=job_in(tmp_path))
+
+
+def test_corpora_other_than_the_named_domains_are_refused(tmp_path: Path) -> None:
+    config = PretrainSeed.model_validate({"training": {"steps": 1}, "domains": ["prose", "law"]})
+    with pytest.raises(InputError, match=r"seed\.domains are prose, law, the corpora handed in are"):
+        seed(config, corpora=corpora_in(tmp_path), job=job_in(tmp_path / "job"))

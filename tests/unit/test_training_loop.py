@@ -191,7 +191,7 @@ def test_metrics_and_history(tmp_path: Path) -> None:
     assert list(reporter.rows) == [5, 10, 12]
     figures = {"loss", "grad_norm", "learning_rate", "load_balancing_loss", "z_loss", "max_violation", "dead_experts"}
     layers = {"expert_load_variation/layer_0", "expert_load_variation/layer_1"}
-    assert set(reporter.rows[12]) == figures | layers | {"tokens_per_second"}
+    assert set(reporter.rows[12]) == figures | layers | {"tokens_per_second", "model_flops_utilization"}
     rows = json.loads((tmp_path / "out/history.json").read_text())["steps"]
     assert [row["step"] for row in rows] == [5, 10, 12]
     assert set(rows[0]) == figures | layers | {"step"}

@@ -9,6 +9,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from moestro.config import OptimizerConfig
+from moestro.data.packed import Batch
 from moestro.training import cross_entropy
 from moestro.training.attention import NAME, training_attention
 from moestro.training.cross_entropy import head_cross_entropy
@@ -41,6 +42,11 @@ def dense(**changes: object) -> PreTrainedModel:
 
 def random_tokens(rows: int, positions: int) -> torch.Tensor:
     return torch.randint(0, 96, (rows, positions), generator=torch.Generator().manual_seed(3))
+
+
+def as_batch(tokens_BS: torch.Tensor) -> Batch:
+    domains_B = torch.zeros(len(tokens_BS), dtype=torch.long)
+    return Batch(tokens_BS, domains_B, torch.zeros_like(tokens_BS, dtype=torch.bool))  # type: ignore[arg-type]
 
 
 def test_schedule_values() -> None:
@@ -81,7 +87,6 @@ def test_weight_decay_spares_embeddings_norms_and_routers() -> None:
 
 @pytest.mark.parametrize("frozen", ["none", "weight", "hidden"])
 def test_head_cross_entropy_and_its_gradients(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
-    monkeypatch.setattr(cross_entropy, "MIN_BLOCK_ROWS", 7)
     monkeypatch.setattr(cross_entropy, "BLOCK_LOGITS", 1)
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(30, 16, generator=generator, requires_grad=frozen != "hidden")
@@ -101,7 +106,7 @@ def test_head_cross_entropy_and_its_gradients(monkeypatch: pytest.MonkeyPatch, f
 def test_the_loss_and_its_gradients_are_those_of_transformers(tied: bool) -> None:
     model = dense(tie_word_embeddings=tied)
     tokens_BS = random_tokens(3, 21)
-    next_token_loss(model, tokens_BS).backward()
+    next_token_loss(model, tokens_BS)[0].backward()
     mine = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     logits = model(input_ids=tokens_BS[:, :-1]).logits
@@ -134,10 +139,10 @@ def test_short_attention_leaves_long_windows_float32_and_dropout_alone() -> None
 def test_bfloat16_is_close_to_float32_with_float32_gradients() -> None:
     model = dense()
     tokens_BS = random_tokens(4, 33)
-    exact = backward(model, tokens_BS, accumulation=1, dtype=torch.float32, auxiliary=None)
+    exact = backward(model, as_batch(tokens_BS), accumulation=1, dtype=torch.float32, auxiliary=None)
     model.zero_grad()
     with training_attention(model, dtype=torch.bfloat16, positions=32):
-        rounded = backward(model, tokens_BS, accumulation=1, dtype=torch.bfloat16, auxiliary=None)
+        rounded = backward(model, as_batch(tokens_BS), accumulation=1, dtype=torch.bfloat16, auxiliary=None)
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=5e-3)
     assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {torch.float32}
@@ -146,10 +151,10 @@ def test_bfloat16_is_close_to_float32_with_float32_gradients() -> None:
 def test_accumulated_gradients_equal_those_of_the_large_batch() -> None:
     model = dense()
     tokens_BS = random_tokens(8, 17)
-    whole = backward(model, tokens_BS, accumulation=1, dtype=torch.float32, auxiliary=None)
+    whole = backward(model, as_batch(tokens_BS), accumulation=1, dtype=torch.float32, auxiliary=None)
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    parts = backward(model, tokens_BS, accumulation=4, dtype=torch.float32, auxiliary=None)
+    parts = backward(model, as_batch(tokens_BS), accumulation=4, dtype=torch.float32, auxiliary=None)
     assert parts == pytest.approx(whole, rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7, msg=name)

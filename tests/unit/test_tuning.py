@@ -112,7 +112,7 @@ def test_the_loss_of_a_step_is_the_models_own(
     tune(config, model=model, tokens=tokens, job=job)
     (row,) = json.loads((job.out / "history.json").read_text())["steps"]
     domains = {name: PackedTokens.open(artifact.path, "train") for name, artifact in tokens.items()}
-    batch_BS, _ = Mixture(domains, TRAINING.sequence_length, TRAINING.seed).batch(0, TRAINING.batch_size)
+    batch_BS = Mixture(domains, TRAINING.sequence_length, TRAINING.seed).batch(0, TRAINING.batch_size).tokens_BS
     with torch.no_grad():
         logits_BSV = load_model(model.path)(input_ids=batch_BS[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), batch_BS[:, 1:].flatten())

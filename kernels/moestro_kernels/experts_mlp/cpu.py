@@ -3,8 +3,7 @@
 Where its speed comes from, next to a loop over experts:
 - The stacked weights are one input of one autograd node: their gradients are written into one buffer each, expert by
   expert, instead of an E-sized gradient per expert.
-- fp32 products go through oneDNN, which PyTorch itself uses only for bf16: on AVX-512 machines without MKL's fast
-  path (AMD) it has about twice the throughput of `torch.mm`, and it is level where MKL has one.
+- fp32 products go through oneDNN (`products.py`), which PyTorch itself uses only for bf16.
 - The activation runs on each block of rows while the matmul's result is still in the cache.
 - The weighted sum over a token's choices is one `embedding_bag` over the sorted outputs: no scatter, no atomic, the
   same order of additions in every run.
@@ -24,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from moestro_kernels.experts_mlp.plan import DispatchPlan, plan_dispatch
+from moestro_kernels.products import product, product_into
 
 # A block of this many gate and up values amortises PyTorch's cost per call and stays in a core's second-level cache.
 BLOCK_VALUES = 1 << 19
@@ -78,30 +78,15 @@ def _blocks(starts: list[int], block_rows: int) -> Iterator[_Block]:
             experts, start = [], end
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b for two matrices of any strides."""
-    if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        return result
-    return torch.mm(a, b)
-
-
-def _product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    if out.dtype == a.dtype and a.dtype != torch.float32:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(_product(a, b))
-
-
 def _grouped_product(rows: torch.Tensor, weights: torch.Tensor, block: _Block, *, transpose: bool) -> torch.Tensor:
     """Each expert's `rows` of the block times its matrix of `weights` [E, ...], or times that matrix's transpose."""
     if len(block.experts) == 1:
         weight = weights[block.experts[0][0]]
-        return _product(rows, weight.t() if transpose else weight)
+        return product(rows, weight.t() if transpose else weight)
     out = rows.new_empty(rows.shape[0], weights.shape[1 if transpose else 2])
     for expert, first, end in block.experts:
         weight = weights[expert]
-        _product_into(out[first:end], rows[first:end], weight.t() if transpose else weight)
+        product_into(out[first:end], rows[first:end], weight.t() if transpose else weight)
     return out
 
 
@@ -147,7 +132,7 @@ class _ExpertsMLP(torch.autograd.Function):
                 a_GF = silu_GF * up_GF
                 out_GD = out_PD[block.start : block.end]
                 for expert, first, end in block.experts:
-                    _product_into(out_GD[first:end], a_GF[first:end], down[expert].t())
+                    product_into(out_GD[first:end], a_GF[first:end], down[expert].t())
                 if keep:
                     kept += [h_G2F, silu_GF]
             y_TD = _combine(out_PD, plan, weights_TK).to(x_TD.dtype)
@@ -180,11 +165,11 @@ class _ExpertsMLP(torch.autograd.Function):
                 for expert, first, end in block.experts:
                     rows = slice(block.start + first, block.start + end)
                     if ddown is not None:
-                        _product_into(ddown[expert], dout_PD[rows].t(), a_GF[first:end])
+                        product_into(ddown[expert], dout_PD[rows].t(), a_GF[first:end])
                     if dgate_up is not None:
-                        _product_into(dgate_up[expert], dh_G2F[first:end].t(), rows_PD[rows])
+                        product_into(dgate_up[expert], dh_G2F[first:end].t(), rows_PD[rows])
                     if dx_PD is not None:
-                        _product_into(dx_PD[rows], dh_G2F[first:end], gate_up[expert])
+                        product_into(dx_PD[rows], dh_G2F[first:end], gate_up[expert])
             used = {expert for block in ctx.blocks for expert, _, _ in block.experts}
             for gradient in (dgate_up, ddown):
                 if gradient is not None:

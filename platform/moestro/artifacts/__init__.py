@@ -2,10 +2,11 @@
 
 `fingerprint` says what identity is, `record` what is written down, `store` how artifacts are found, checked and
 published, `durable` how that survives a loss of power, `digested` how large files are digested while they are written,
-`scratch` what interrupted stages left, `lock` who may write, `job` what a stage is handed, `run` what happened in one
-run of a lifecycle.
+`scratch` what interrupted stages left, `lock` who may write, `attempt` that who was thought lost does not, `job` what
+a stage is handed, `run` what happened in one run of a lifecycle.
 """
 
+from moestro.artifacts.attempt import Claimant
 from moestro.artifacts.digested import DigestedFile
 from moestro.artifacts.durable import sync
 from moestro.artifacts.fingerprint import canonical_json, content_fingerprint, file_digest, fingerprint
@@ -20,6 +21,7 @@ __all__ = [
     "RECORD_NAME",
     "Artifact",
     "ArtifactStore",
+    "Claimant",
     "DigestedFile",
     "FileEntry",
     "Input",

@@ -4,9 +4,10 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moestro.errors import BusyError
 
@@ -24,7 +25,7 @@ def exclusive(path: Path, *, what: str, wait: bool = False) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise BusyError(
-                f"{what} is in use by {_holder(handle)}.", hint="Wait for it to finish, or stop it."
+                f"{what} is in use by {describe(_holder(handle))}.", hint="Wait for it to finish, or stop it."
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
@@ -33,9 +34,11 @@ def exclusive(path: Path, *, what: str, wait: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
-def _holder(handle: int) -> str:
+def describe(holder: Mapping[str, Any]) -> str:
+    """Whom a lock file names, in words."""
+    return f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+
+
+def _holder(handle: int) -> dict[str, Any]:
     content = os.pread(handle, 1024, 0)
-    if not content:
-        return "another process"
-    holder = json.loads(content)
-    return f"process {holder['pid']} on {holder['host']}"
+    return dict(json.loads(content)) if content else {}

@@ -1,8 +1,8 @@
 """The artifact store: a folder of published artifacts, each complete, checked and never changed.
 
     ROOT/artifacts/<stage>/<fingerprint, 16 digits>/   published by one atomic rename; holds artifact.json
-    ROOT/work/<stage>/<fingerprint, 16 digits>/        being made: out/ becomes the artifact, scratch/ holds
-                                                       what an interrupted stage resumes from
+    ROOT/work/<stage>/<fingerprint, 16 digits>.<n>/    being made by attempt n: out/ becomes the artifact, scratch/
+                                                       holds what an interrupted stage resumes from
 
 A stage whose fingerprint is published is not run again: the store is the cache.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from moestro.artifacts.attempt import Attempt, Claimant, attempt
 from moestro.artifacts.durable import sync
 from moestro.artifacts.fingerprint import content_fingerprint, file_digest
-from moestro.artifacts.lock import exclusive
 from moestro.artifacts.record import RECORD_NAME, FileEntry, Record
 from moestro.errors import ArtifactError, ResourceError
 
@@ -62,8 +62,23 @@ class Artifact:
 class WorkFolder:
     """Where a stage works: `out` becomes the artifact, `scratch` survives interruptions and is then removed."""
 
-    out: Path
-    scratch: Path
+    attempt: Attempt
+    what: str
+    """Stage and beginning of the fingerprint."""
+
+    @property
+    def out(self) -> Path:
+        """Becomes the artifact."""
+        return self.attempt.folder / "out"
+
+    @property
+    def scratch(self) -> Path:
+        """What the next attempt finds if this one does not finish."""
+        return self.attempt.folder / "scratch"
+
+    def remove(self) -> None:
+        """There is nothing left to do in it."""
+        shutil.rmtree(self.attempt.folder, ignore_errors=True)
 
 
 def all_files(folder: Path) -> list[Path]:
@@ -108,26 +123,29 @@ class ArtifactStore:
         yield from sorted(found, key=lambda pair: (pair[1].created_at, pair[1].fingerprint))
 
     @contextmanager
-    def work(self, stage: str, fingerprint: str) -> Iterator[WorkFolder]:
-        """A locked folder to make the artifact in; what an interrupted attempt left in `scratch` is still there.
+    def work(self, stage: str, fingerprint: str, *, claimant: Claimant | None = None) -> Iterator[WorkFolder]:
+        """A folder to make the artifact in; what an interrupted attempt left in `scratch` is still there.
 
-        Raises `BusyError` if another process is making the same artifact.
+        Raises `BusyError` if another process is making the same artifact that `claimant` does not know to be lost;
+        if it still lives, it ends with a `StaleAttemptError` and changes nothing.
         """
-        folder = self.root / "work" / stage / fingerprint[:DIGITS]
-        out, scratch = folder / "out", folder / "scratch"
-        with (
-            disk_space_errors(folder),
-            exclusive(folder.with_suffix(".lock"), what=f"{stage} {fingerprint[:DIGITS]}"),
-        ):
-            if out.exists():
-                shutil.rmtree(out)
-            scratch.mkdir(parents=True, exist_ok=True)
-            out.mkdir()
-            yield WorkFolder(out, scratch)
+        base, what = self.root / "work" / stage / fingerprint[:DIGITS], f"{stage} {fingerprint[:DIGITS]}"
+        with disk_space_errors(base), attempt(base, what=what, claimant=claimant) as own:
+            work = WorkFolder(own, what)
+            if work.out.exists():
+                shutil.rmtree(work.out)
+            work.scratch.mkdir(exist_ok=True)
+            work.out.mkdir()
+            yield work
 
     def publish(self, work: WorkFolder, record: Record) -> Artifact:
-        """Write the record, make everything durable, and move the work into place in one atomic step."""
+        """Write the record, make everything durable, and move the work into place in one atomic step.
+
+        Raises `StaleAttemptError` if a newer attempt has taken over; its folder, and with it the source of that
+        step, is then no longer there.
+        """
         target = self.folder(record.stage, record.fingerprint)
+        work.attempt.check(work.what)
         with disk_space_errors(work.out):
             target.parent.mkdir(parents=True, exist_ok=True)
             (work.out / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -135,7 +153,7 @@ class ArtifactStore:
                 sync(path)
             work.out.replace(target)
             sync(target.parent)
-        shutil.rmtree(work.out.parent, ignore_errors=True)
+        work.remove()
         return Artifact(target, record.stage, record.fingerprint)
 
 

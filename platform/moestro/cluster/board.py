@@ -1,7 +1,7 @@
 """The board: a small actor through which what a stage reports on a worker reaches its driver."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +15,25 @@ class Board:
 
     def __init__(self) -> None:
         self.events: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
+        self.attempts: Counter[str] = Counter()
+        self.places: defaultdict[str, list[Any]] = defaultdict(list)
 
-    def put(self, key: str, events: list[tuple[Any, ...]]) -> None:
-        self.events[key].extend(events)
+    def begin(self, key: str) -> int:
+        """Another worker reports under the key from now on; its number. Those before it are no longer heard."""
+        self.attempts[key] += 1
+        return self.attempts[key]
+
+    def put(self, key: str, attempt: int, events: list[tuple[Any, ...]]) -> None:
+        if attempt == self.attempts[key]:
+            self.events[key].extend(events)
+
+    def place(self, key: str, reservation: Any) -> None:
+        """Remember what holds cores for the group under the key."""
+        self.places[key].append(reservation)
+
+    def take_places(self, key: str) -> list[Any]:
+        """What was remembered, once."""
+        return self.places.pop(key, [])
 
     def take(self, key: str) -> list[tuple[Any, ...]]:
         return self.events.pop(key, [])
@@ -27,8 +43,11 @@ class BoardReporter:
     """The worker's end of the board: sends at most twice a second."""
 
     def __init__(self, board: Any, key: str) -> None:
+        import ray
+
         self.board = board
         self.key = key
+        self.attempt = ray.get(board.begin.remote(key))
         self.buffer: list[tuple[Any, ...]] = []
         self.sent = 0.0
 
@@ -45,7 +64,7 @@ class BoardReporter:
             self.flush()
 
     def flush(self) -> Any:
-        sent = self.board.put.remote(self.key, self.buffer)
+        sent = self.board.put.remote(self.key, self.attempt, self.buffer)
         self.buffer = []
         self.sent = time.monotonic()
         return sent

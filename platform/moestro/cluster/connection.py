@@ -15,9 +15,12 @@ from typing import Any
 
 from moestro.artifacts import Artifact, ArtifactStore, Reporter
 from moestro.cluster.board import Board, BoardReporter, forward
+from moestro.cluster.claims import claimant
 from moestro.cluster.engine import EngineHost, RemoteEngine
+from moestro.cluster.group import end_group, train_together, workers_for
+from moestro.cluster.room import check_room
 from moestro.config import Resources
-from moestro.errors import MoestroError, ResourceError, StoppedError, named
+from moestro.errors import LostWorkerError, MoestroError, ResourceError, StoppedError, named, noting
 from moestro.execution import Step, run_step
 from moestro.inference.engine import EngineConfig, EngineFactory
 from moestro.interrupts import interrupts_held, terminations_kept
@@ -57,7 +60,7 @@ class Cluster:
             # Ray raises `Exception` itself where its processes take longer to start than the 30 s it gives them.
             with interrupts_held(), terminations_kept(), named(lambda error: _no_cluster(self.address, error)):
                 ray.init(
-                    address=self.address,
+                    address=self.address or "local",  # without one Ray would join any cluster it finds on this machine
                     include_dashboard=None if self.address else False,
                     log_to_driver=False,
                     logging_level="ERROR",
@@ -78,8 +81,9 @@ class Cluster:
         """Run `step` on the cluster and return its artifact: a task with `resources.cpus` cores, or, if its stage
         measures, in the background with that many threads.
 
-        Raises what the stage raised, or `ResourceError` if its workers keep dying. `stopped` is asked while waiting;
-        once it says yes the task is cancelled and `StoppedError` raised.
+        Where `resources.branch_workers` is more than one, a stage that trains takes as many such tasks, which train
+        together. Raises what the stage raised, or `LostWorkerError` if its workers keep dying. `stopped` is asked
+        while waiting; once it says yes the task is cancelled and `StoppedError` raised.
         """
         self._wait(stopped)
         with self.using():
@@ -88,16 +92,40 @@ class Cluster:
     def _run(
         self, store: ArtifactStore, step: Step, resources: Resources, reporter: Reporter, stopped: Callable[[], bool]
     ) -> Artifact:
+        key = os.urandom(8).hex()
+        for retry in range(resources.max_retries + 1):
+            reference, workers = self._submit(store, step, resources, key)
+            try:
+                return self._follow(reference, key, reporter, stopped)
+            except BaseException as error:
+                with noting(error):
+                    self._end(reference, step, workers, key)
+                if not isinstance(error, LostWorkerError):
+                    raise
+                if workers == 1 or retry == resources.max_retries:  # Ray itself has begun single workers again
+                    raise LostWorkerError(
+                        f"The worker of {step.stage} died {resources.max_retries + 1} times: {error.message}",
+                        hint="Run the same command again: it resumes from the last checkpoint.",
+                    ) from error
+        raise AssertionError("the last try returns or raises")
+
+    def _end(self, reference: Any, step: Step, workers: int, key: str) -> None:
+        """See to it that nothing goes on with what has failed or is no longer wanted."""
         import ray
 
-        key = os.urandom(8).hex()
-        reference = self._submit(store, step, resources, key)
+        if workers > 1:
+            end_group(reference, self._board, key)
+        elif not STAGES[step.stage].background:  # an actor's work ends with it, when the cluster is left
+            ray.cancel(reference, force=True)
+
+    def _follow(self, reference: Any, key: str, reporter: Reporter, stopped: Callable[[], bool]) -> Artifact:
+        """Wait for the artifact while reports are passed on; raises `LostWorkerError` if Ray has given it up."""
+        import ray
+
         try:
             while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
                 forward(ray.get(self._board.take.remote(key)), reporter)
                 if stopped():
-                    if not STAGES[step.stage].background:  # an actor's work ends with it, when the cluster is left
-                        ray.cancel(reference, force=True)
                     raise StoppedError
             artifact: Artifact = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -110,25 +138,29 @@ class Cluster:
             ray.exceptions.NodeDiedError,
             ray.exceptions.OutOfMemoryError,
         ) as error:
-            raise ResourceError(
-                f"The worker of {step.stage} died {resources.max_retries + 1} times: {error}".splitlines()[0],
-                hint="Run the same command again: it resumes from the last checkpoint.",
-            ) from error
+            raise LostWorkerError(str(error).splitlines()[0]) from error
         forward(ray.get(self._board.take.remote(key)), reporter)
         return artifact
 
-    def _submit(self, store: ArtifactStore, step: Step, resources: Resources, key: str) -> Any:
-        """The reference of the artifact to come; raises `ResourceError` if there are too few cores for it."""
+    def _submit(self, store: ArtifactStore, step: Step, resources: Resources, key: str) -> tuple[Any, int]:
+        """The reference of the artifact to come, and how many workers make it.
+
+        Raises `ResourceError` if there are too few cores, `ConfigError` if they cannot share its batches.
+        """
         import ray
 
+        arguments = (store.root, step, resources, self._board, key)
         if STAGES[step.stage].background:
             call = self._background.run.options(max_task_retries=resources.max_retries, name=step.stage)
-            return call.remote(store.root, step, resources, self._board, key)
-        cpus = resources.cpus or self.cpus
-        if cpus > (available := int(ray.cluster_resources().get("CPU", 0))):
-            raise ResourceError(f"{step.stage} asks for {cpus} cores, the cluster has {available}.")
-        task = ray.remote(_run).options(num_cpus=cpus, max_retries=resources.max_retries, name=step.stage)
-        return task.remote(store.root, step, resources, self._board, key)
+            return call.remote(*arguments), 1
+        workers = workers_for(step, resources)
+        resources = resources.model_copy(update={"cpus": resources.cpus or self.cpus})
+        check_room(step.stage, cpus=resources.cpus or 1, workers=workers)
+        if workers > 1:
+            group = ray.remote(train_together).options(num_cpus=0, max_retries=0, name=f"{step.stage} group")
+            return group.remote(store.root, step, resources, self._board, key), workers
+        task = ray.remote(_run).options(num_cpus=resources.cpus, max_retries=resources.max_retries, name=step.stage)
+        return task.remote(*arguments), 1
 
     def engine_factory(self, resources: Resources, stopped: Callable[[], bool]) -> EngineFactory:
         """Makes rollout engines that live in a Ray actor and die with it, or with the driver.
@@ -226,6 +258,6 @@ def _run(root: Path, step: Step, resources: Resources, board: Any, key: str) -> 
 
     reporter = BoardReporter(board, key)
     try:
-        return run_step(ArtifactStore(root), step, resources=resources, reporter=reporter)
+        return run_step(ArtifactStore(root), step, resources=resources, reporter=reporter, claimant=claimant(key))
     finally:
         ray.get(reporter.flush())

@@ -5,6 +5,7 @@ the whole walk, `load` reads YAML. What a config holds is identity and enters fi
 """
 
 from moestro.config.base import Config
+from moestro.config.branches import BranchesConfig, BranchOverride, ExistingBranch
 from moestro.config.changing import (
     AppendConfig,
     CentroidRow,
@@ -36,7 +37,7 @@ from moestro.config.experts import (
     FineGrainedExperts,
     SparseUpcyclingExperts,
 )
-from moestro.config.lifecycle import BranchesConfig, LifecycleConfig, Resources
+from moestro.config.lifecycle import LifecycleConfig, Resources
 from moestro.config.load import load_lifecycle, read_yaml, validate
 from moestro.config.mixing import (
     CentroidRouter,
@@ -71,10 +72,12 @@ from moestro.config.routing import (
     ZLoss,
 )
 from moestro.config.stages import (
+    AnyBranch,
     BranchConfig,
     CompressConfig,
     DeployConfig,
     EvaluateConfig,
+    ImportBranch,
     ImportSeed,
     ModelConfig,
     ParityGate,
@@ -84,13 +87,15 @@ from moestro.config.stages import (
     SeedConfig,
     TuneConfig,
 )
-from moestro.config.training import OptimizerConfig, TrainingConfig
+from moestro.config.training import EarlyStopping, OptimizerConfig, TrainingConfig
 
 __all__ = [
+    "AnyBranch",
     "AppendConfig",
     "BipBalance",
     "BlendedExperts",
     "BranchConfig",
+    "BranchOverride",
     "BranchesConfig",
     "BuiltinSource",
     "CentroidRouter",
@@ -108,13 +113,16 @@ __all__ = [
     "DomainExperts",
     "DomainSupervision",
     "DropUpcyclingExperts",
+    "EarlyStopping",
     "ErcLoss",
     "ErcRouter",
     "EvaluateConfig",
+    "ExistingBranch",
     "ExpertsConfig",
     "FileSource",
     "FineGrainedExperts",
     "GlobalBatchLoss",
+    "ImportBranch",
     "ImportSeed",
     "KeepSeed",
     "LifecycleConfig",

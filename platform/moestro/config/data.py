@@ -1,6 +1,6 @@
 """Configs of the domains: where their text comes from and how it is split."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -61,6 +61,8 @@ class DomainConfig(Config):
     """Short lower-case name; names branches, experts and metrics."""
     source: Source
     """Where the text comes from."""
+    role: Literal["expert", "general"] = "expert"
+    """`expert`: a branch is trained on it and becomes an expert. `general`: text for all, without branch or expert."""
 
 
 class SplitConfig(Config):
@@ -82,6 +84,12 @@ class CorpusConfig(Config):
     split: SplitConfig = SplitConfig()
     """How it is divided."""
 
+    def identity(self) -> dict[str, Any]:
+        """All but the domain's role, which changes nothing in its text."""
+        dumped = super().identity()
+        del dumped["domain"]["role"]
+        return dumped
+
 
 class DataConfig(Config):
     """The corpora of a lifecycle."""
@@ -94,6 +102,10 @@ class DataConfig(Config):
     def corpus_configs(self) -> dict[str, CorpusConfig]:
         """Each domain's corpus config, in the domains' order."""
         return {domain.name: CorpusConfig(domain=domain, split=self.split) for domain in self.domains}
+
+    def names(self, role: Literal["expert", "general"] | None = None) -> tuple[str, ...]:
+        """The domains' names in order, all or those of one role."""
+        return tuple(domain.name for domain in self.domains if role in (None, domain.role))
 
 
 class TokensConfig(Config):

@@ -1,15 +1,16 @@
 """`LifecycleConfig`: the whole walk in one object, and `Resources`, which says where and with how much it runs."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from moestro.config.base import EXECUTION, Config
-from moestro.config.data import DataConfig, DomainName, TokensConfig
+from moestro.config.branches import BranchesConfig
+from moestro.config.data import DataConfig, TokensConfig
 from moestro.config.mixing import MixConfig
 from moestro.config.routing import BIASED
 from moestro.config.stages import (
-    BranchConfig,
+    AnyBranch,
     CompressConfig,
     DeployConfig,
     EvaluateConfig,
@@ -18,7 +19,6 @@ from moestro.config.stages import (
     SeedConfig,
     TuneConfig,
 )
-from moestro.config.training import TrainingConfig
 
 SERVED_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of an attention head that vLLM's CPU attention has kernels for."""
@@ -31,19 +31,11 @@ class Resources(Config):
     """Cores to use; default all."""
     branch_cpus: int = Field(1, ge=1)
     """Cores per branch; branches run side by side as cores allow."""
+    branch_workers: int = Field(1, ge=1)
+    """Workers that train one model together, data-parallel, each with cores of its own; their number times
+    `accumulation` must divide `batch_size`."""
     max_retries: int = Field(3, ge=0)
     """How often a stage whose worker was lost is resumed."""
-
-
-class BranchesConfig(Config):
-    """How every domain's branch is trained; `overrides` replaces the training of single domains."""
-
-    training: TrainingConfig
-    """The training run of each branch."""
-    trainable: Literal["all", "ffn"] = "ffn"
-    """Which weights train: `all` or `ffn`."""
-    overrides: dict[DomainName, TrainingConfig] = Field(default_factory=dict)
-    """Another training run for the named domains."""
 
 
 class LifecycleConfig(Config):
@@ -76,37 +68,45 @@ class LifecycleConfig(Config):
     resources: Annotated[Resources, EXECUTION] = Resources()
     """Where and with how much it runs; not identity."""
 
-    def branch_configs(self) -> dict[str, BranchConfig]:
-        """Each domain's branch config, in the domains' order."""
-        names = [domain.name for domain in self.data.domains]
-        return {
-            name: BranchConfig.model_validate(
-                {
-                    "domain": name,
-                    "training": self.branch.overrides.get(name, self.branch.training),
-                    "trainable": self.branch.trainable,
-                }
-            )
-            for name in names
-        }
+    def branch_configs(self) -> dict[str, AnyBranch]:
+        """The branch config of every domain that becomes an expert, in the domains' order."""
+        unify = self.mix.unify_vocabulary
+        return {name: self.branch.config(name, unify_vocabulary=unify) for name in self.data.names("expert")}
+
+    def general_text(self, branch: str) -> tuple[str, ...]:
+        """The domains that the branch of that domain takes general text from; none if it takes no such text."""
+        if not self.branch.share_of(branch):
+            return ()
+        return self.data.names("general") or tuple(name for name in self.data.names() if name != branch)
+
+    def seed_text(self) -> tuple[str, ...]:
+        """The domains that the seed is pre-trained on; none if it is imported."""
+        return () if self.seed.type == "import" else self.seed.domains or self.data.names()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "LifecycleConfig":
-        names = [domain.name for domain in self.data.domains]
+        names, experts = self.data.names(), self.data.names("expert")
         if len(set(names)) != len(names):
-            raise ValueError(f"data.domains: names must differ, got {names}")
-        unknown = set(self.branch.overrides) - set(names)
-        if unknown:
-            raise ValueError(f"branch.overrides: no domain named {sorted(unknown)}; domains are {names}")
+            raise ValueError(f"data.domains: names must differ, got {list(names)}")
+        self._branches_fit()
         reserved = {"seed", "blend"} & set(names)
         if reserved:
             raise ValueError(f"data.domains: {sorted(reserved)[0]!r} names an expert of the mix that is no domain's")
         try:
-            self.mix.check(tuple(names))
+            self.mix.check(experts)
         except ValueError as error:
             raise ValueError(f"mix.{error}") from None
-        self._compression_fits(len(self.mix.expert_origins(tuple(names))))
+        self._compression_fits(len(self.mix.expert_origins(experts)))
         return self
+
+    def _branches_fit(self) -> None:
+        try:
+            self.branch.check(self.data.names("expert"), self.data.names("general"))
+        except ValueError as error:
+            raise ValueError(f"branch.{error}") from None
+        self.branch_configs()
+        if unknown := sorted(set(self.seed_text()) - set(self.data.names())):
+            raise ValueError(f"seed.domains: no domain named {unknown}; domains are {list(self.data.names())}")
 
     def _compression_fits(self, experts: int) -> None:
         if not self.compress:
@@ -134,6 +134,25 @@ class LifecycleConfig(Config):
                 raise ValueError(
                     f"tune.losses: {loss.type} moves a correction bias, which takes mix.selection: loss_free"
                 )
+            if loss.type == "bip" and self.mix.num_groups_per_tok < self.mix.num_groups:
+                raise ValueError(
+                    "tune.losses: bip balances over all experts, mix.num_groups_per_tok leaves some out; "
+                    "take loss_free, which heeds groups"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_share_batches(self) -> "LifecycleConfig":
+        workers = self.resources.branch_workers
+        trained = {f"the branch {name}": config for name, config in self.branch_configs().items()}
+        for name, config in {"seed": self.seed, "tune": self.tune, **trained}.items():
+            training = getattr(config, "training", None)
+            if training and training.batch_size % (training.accumulation * workers):
+                raise ValueError(
+                    f"resources.branch_workers: {workers} workers cannot share the training of {name}: its batch_size "
+                    f"({training.batch_size}) does not divide by {workers} times its accumulation "
+                    f"({training.accumulation})"
+                )
         return self
 
     @model_validator(mode="after")
@@ -153,11 +172,13 @@ class LifecycleConfig(Config):
         if self.seed.type == "import":
             return self
         lengths = {
-            "branch.training.sequence_length": self.branch.training.sequence_length,
             "evaluate.sequence_length": self.evaluate.sequence_length,
         }
-        for name, training in self.branch.overrides.items():
-            lengths[f"branch.overrides.{name}.sequence_length"] = training.sequence_length
+        if self.branch.training:
+            lengths["branch.training.sequence_length"] = self.branch.training.sequence_length
+        for name, override in self.branch.overrides.items():
+            if override.training:
+                lengths[f"branch.overrides.{name}.training.sequence_length"] = override.training.sequence_length
         if self.tune:
             lengths["tune.training.sequence_length"] = self.tune.training.sequence_length
         if self.deploy:

@@ -11,6 +11,8 @@ from moestro.config.lifecycle import LifecycleConfig
 from moestro.errors import ConfigError
 
 T = TypeVar("T")
+LISTED_FIELDS = 5
+"""Up to how many fields an error lists where none is like the one given."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,13 +61,18 @@ def _explain(kind: Any, data: Any, item: dict[str, Any]) -> str:
     location = ".".join(str(part) for part in _without_tags(data, item["loc"])) or "(top level)"
     if item["type"] == "extra_forbidden":
         name = str(item["loc"][-1])
-        near = difflib.get_close_matches(name, sorted(_field_names(kind, item["loc"][:-1])), n=1, cutoff=0.6)
-        return f"{location}: unknown field" + (f", did you mean {near[0]!r}?" if near else "")
+        known = sorted(_field_names(kind, item["loc"][:-1]))
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        return f"{location}: unknown field" + (f", did you mean {near[0]!r}?" if near else _listed(known))
     if item["type"] == "missing":
         return f"{location}: required field is missing"
     given = item.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{location}: {item['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _listed(fields: list[str]) -> str:
+    return f"; fields are {', '.join(fields)}" if 0 < len(fields) <= LISTED_FIELDS else ""
 
 
 def _without_tags(data: Any, location: tuple[Any, ...]) -> list[Any]:

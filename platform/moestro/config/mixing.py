@@ -99,6 +99,8 @@ class CentroidRouter(Config):
     type: Literal["centroid"] = "centroid"
     calibration_tokens: int = Field(8192, ge=256)
     """Tokens per domain that the seed reads."""
+    spread: float = Field(1.0, gt=0)
+    """Standard deviation of a layer's logits; the larger, the more a token's best expert outweighs the others."""
 
 
 class DomainEmbeddingRouter(Config):
@@ -161,7 +163,7 @@ class MixConfig(Config):
     """Experts chosen per token."""
     selection: Literal["softmax", "loss_free"] = "softmax"
     """`softmax`: the largest logits; `loss_free`: sigmoid scores with a correction bias on the choice
-    (arXiv 2408.15664). The bias starts at zero; training here balances by the loss and does not move it."""
+    (arXiv 2408.15664). The bias starts at zero; `loss_free` and `bip` of `tune.losses` move it."""
     num_groups: int = Field(1, ge=1)
     """Groups of experts of which only some are chosen from (`loss_free` alone)."""
     num_groups_per_tok: int = Field(1, ge=1)

@@ -45,8 +45,8 @@ class BipBalance(Config):
     loss; needs a model mixed with `selection: loss_free`."""
 
     type: Literal["bip"] = "bip"
-    iterations: int = Field(4, ge=1)
-    """Alternating steps of the dual per batch."""
+    iterations: int = Field(8, ge=1)
+    """Alternating steps of the dual per micro-batch and layer."""
 
 
 class ErcLoss(Config):
@@ -71,7 +71,9 @@ class RomaLoss(Config):
     layers: int = Field(5, ge=1)
     """How many of the last sparse layers it acts on."""
     neighbours: int = Field(3, ge=1)
-    """Neighbours of each sequence, found in its batch."""
+    """Neighbours of each sequence, found in its micro-batch."""
+    bandwidth: float = Field(0.4, gt=0)
+    """Width of the Gaussian over distances of embeddings, which have length one."""
 
 
 class MutualInformationLoss(Config):
@@ -88,7 +90,7 @@ class UncertainTokens(Config):
 
     type: Literal["uncertain_tokens"] = "uncertain_tokens"
     threshold: float = Field(0.9, gt=0, le=1)
-    """Entropy of a token's routing, by its largest possible value, from which it is undecided."""
+    """Entropy of a token's routing, as a share of its largest possible value, from which it is undecided."""
 
 
 class RandomPartition(Config):
@@ -98,7 +100,7 @@ class RandomPartition(Config):
     type: Literal["random_partition"] = "random_partition"
     share: float = Field(0.1, gt=0, le=1)
     """How far a step draws each expert to the mean of the others, at its end; rises linearly from 0."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seeds the partition."""
 
 
@@ -130,17 +132,17 @@ RoutingLossConfig = Annotated[
 REROUTING = ("bip", "mutual_information", "uncertain_tokens", "random_partition")
 """Types that decide themselves which experts a token takes while training; only one of them can."""
 BIASED = ("loss_free", "bip")
-"""Types that need routers with a correction bias."""
+"""Types that move a correction bias: they need routers with one, and only one of them can."""
 
 
 class ParameterRates(Config):
-    """Factors of the learning rate by group of parameters."""
+    """Factors of the learning rate by group of parameters. A group whose factor is 0 does not train."""
 
-    experts: float | Literal["auto"] = 1.0
+    experts: Annotated[float, Field(ge=0)] | Literal["auto"] = 1.0
     """Routed experts. `auto`: by the share of the tokens that an expert sees (Hunyuan-Large, arXiv 2411.02265)."""
     shared_experts: float = Field(1.0, ge=0)
     """Shared experts."""
     routers: float = Field(1.0, ge=0)
-    """Routers."""
+    """Routers, and gates of shared experts."""
     others: float = Field(1.0, ge=0)
     """Everything else."""

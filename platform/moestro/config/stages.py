@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from moestro.config.base import EXECUTION, Config
 from moestro.config.data import DomainName, TaskConfig
-from moestro.config.routing import REROUTING, GlobalBatchLoss, ParameterRates, RoutingLossConfig
+from moestro.config.routing import BIASED, REROUTING, GlobalBatchLoss, ParameterRates, RoutingLossConfig
 from moestro.config.training import OptimizerConfig, TrainingConfig
 
 
@@ -47,13 +47,16 @@ class ModelConfig(Config):
 
 
 class PretrainSeed(Config):
-    """Pre-train a small seed on a mix of all domains."""
+    """Pre-train a small seed on an equal mix of domains."""
 
     type: Literal["pretrain"] = "pretrain"
     model: ModelConfig = ModelConfig()
     """The model's shape."""
     training: TrainingConfig
     """The training run."""
+    domains: Annotated[tuple[DomainName, ...] | None, EXECUTION] = Field(None, min_length=1)
+    """Domains whose text it is trained on; all by default. Where they are named, the seed stays as it is when another
+    domain joins. Their texts are identity, as the stage's inputs; this list by itself is not."""
 
     @model_validator(mode="after")
     def _sequences_fit(self) -> "PretrainSeed":
@@ -79,15 +82,37 @@ class ImportSeed(Config):
 SeedConfig = Annotated[PretrainSeed | ImportSeed, Field(discriminator="type")]
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class BranchConfig(Config):
     """Continue training a copy of the seed on one domain."""
 
+    type: Literal["train"] = "train"
     domain: DomainName
     """The domain."""
     training: TrainingConfig
     """The training run."""
     trainable: Literal["all", "ffn"] = "ffn"
     """Which weights train: all, or the feed-forward networks alone (then nothing diverges that would be averaged)."""
+    general_share: Share = 0.0
+    """Share of the sequences that come from general text, all of its domains alike."""
+
+
+class ImportBranch(Config):
+    """Take an existing dense checkpoint, trained from the seed elsewhere, as a domain's branch."""
+
+    type: Literal["import"] = "import"
+    domain: DomainName
+    """The domain."""
+    path: Annotated[str, EXECUTION]
+    """A local Hugging Face directory or a GGUF file, or `package:NAME` for the one an installed package carries.
+    Where it lies is not identity: the files' contents are."""
+    unify_vocabulary: bool = False
+    """Accept a vocabulary that adds tokens to the seed's, or is padded further."""
+
+
+AnyBranch = Annotated[BranchConfig | ImportBranch, Field(discriminator="type")]
 
 
 class TuneConfig(Config):
@@ -112,6 +137,10 @@ class TuneConfig(Config):
         rerouting = [name for name in types if name in REROUTING]
         if len(rerouting) > 1:
             raise ValueError(f"losses: {' and '.join(rerouting)} both decide which experts a token takes; keep one")
+        if all(name in types for name in BIASED):
+            raise ValueError(f"losses: {' and '.join(BIASED)} both move the correction bias; keep one")
+        if "random_partition" in types and (self.trainable in ("router", "non_experts") or self.rates.experts == 0):
+            raise ValueError("losses: random_partition averages what the experts learn, so the experts have to train")
         return self
 
 

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from moestro.config.base import EXECUTION, Config
 
+DEFAULT_WARMUP = 20
+
 MomentDecay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -16,8 +18,8 @@ class OptimizerConfig(Config):
     """Peak learning rate."""
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
-    warmup_steps: int = Field(20, ge=0)
-    """Steps of linear warm-up."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps of linear warm-up, not more than the run has; default 20, of which a shorter run takes what it has."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
     weight_decay: float = Field(0.1, ge=0)
@@ -27,12 +29,40 @@ class OptimizerConfig(Config):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
 
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, the default filled in."""
+        return DEFAULT_WARMUP if self.warmup_steps is None else self.warmup_steps
+
+
+class EarlyStopping(Config):
+    """Stop when the loss on held-out text no longer falls, and keep the weights of the best measurement."""
+
+    every: int = Field(50, ge=1)
+    """Steps between measurements."""
+    patience: int = Field(3, ge=1)
+    """Measurements in a row without an improvement after which training stops."""
+    min_improvement: float = Field(0.0, ge=0)
+    """Nats per token that count as an improvement only if they are exceeded."""
+    max_tokens: int = Field(16_384, ge=256)
+    """Held-out tokens per domain."""
+
+
+BUDGETS = ("steps", "tokens", "flops", "minutes")
+
 
 class TrainingConfig(Config):
-    """One training run: how many steps, on how much, how exactly."""
+    """One training run: for how long (exactly one of steps, tokens, flops and minutes), on how much, how exactly."""
 
-    steps: int = Field(ge=1)
+    steps: int | None = Field(None, ge=1)
     """Optimiser steps."""
+    tokens: int | None = Field(None, ge=1)
+    """Training tokens, rounded up to whole batches."""
+    flops: float | None = Field(None, gt=0)
+    """Floating-point operations of the model's products, forward and backward, rounded to whole batches."""
+    minutes: float | None = Field(None, gt=0)
+    """Time to train on this machine, as a few batches before the first step foretell it. The number of steps then
+    depends on the machine: it stands in the record, and `steps` with that number gives the same result anywhere."""
     batch_size: int = Field(16, ge=1)
     """Sequences per optimiser step."""
     accumulation: int = Field(1, ge=1)
@@ -49,6 +79,30 @@ class TrainingConfig(Config):
     """Steps between logged metrics."""
     seed: int = 0
     """Seeds initialisation and the order of data."""
+    cross_document_attention: bool = True
+    """Whether tokens see the documents before theirs in a packed sequence. If not, positions restart at each document
+    and its first token is not predicted."""
+    early_stopping: EarlyStopping | None = None
+    """When to stop before the budget is used up; default never."""
+    max_epochs: Annotated[float, EXECUTION] = Field(50.0, gt=0)
+    """A domain whose text would be repeated more often is refused before the first step. Not identity: it changes no
+    result."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "TrainingConfig":
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if not given:
+            raise ValueError(f"a budget is missing: one of {', '.join(BUDGETS)}")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both budgets; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_fits(self) -> "TrainingConfig":
+        warmup = self.optimizer.warmup_steps
+        if self.steps is not None and warmup is not None and warmup > self.steps:
+            raise ValueError(f"optimizer.warmup_steps: {warmup} is more than the run's {self.steps} steps")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainingConfig":

@@ -11,12 +11,12 @@ from typing import Any
 
 from moestro.errors import InputError
 from moestro.mixing.existing import ExistingMoe
-from moestro.mixing.vocabulary import compare_vocabularies
 from moestro.models.checkpoint import load_config
 from moestro.models.families import FAMILIES, FEED_FORWARD, Family, MoeShape
 from moestro.models.families.family import head_dim
 from moestro.models.files import check_folder
 from moestro.models.layouts import PROJECTIONS
+from moestro.models.vocabulary import compare_vocabularies
 from moestro.models.weights import StoredWeights
 
 COMPARED = (

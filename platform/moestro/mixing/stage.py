@@ -15,7 +15,6 @@ from moestro.artifacts import Artifact, Job
 from moestro.config import MixConfig
 from moestro.errors import InputError
 from moestro.linting import refuse_errors
-from moestro.mixing.compare import check_same_kind
 from moestro.mixing.experts import feed_forward_width
 from moestro.mixing.merging import Merger
 from moestro.mixing.plan import MoePlan
@@ -24,6 +23,7 @@ from moestro.mixing.starts import router_weights
 from moestro.mixing.starts.context import StartContext
 from moestro.mixing.tensors import all_tensors, parameter_counts
 from moestro.models.checkpoint import save_config, save_files_beside, stored_dtype
+from moestro.models.compare import check_same_kind
 from moestro.models.families import MoeShape, families_of, family_of
 from moestro.models.weights import StoredWeights, write_weights
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 _ROUTER_WEIGHT = re.compile(
     r"(?:.*\.)?layers\.\d+\.(?:mlp\.(?:gate|shared_expert_gate)|block_sparse_moe\.router)\.weight"
 )
+_SHARED_EXPERT_WEIGHT = re.compile(r"(?:.*\.)?layers\.\d+\.mlp\.shared_experts?\..+")
 _EXPERT_WEIGHT = re.compile(r"(?:.*\.)?layers\.\d+\.(?:mlp|block_sparse_moe)\.experts\..+")
 
 
@@ -53,6 +54,14 @@ def is_router_weight(name: str) -> bool:
 def is_expert_weight(name: str) -> bool:
     """Whether a parameter of that name holds the routed experts of a layer (`...layers.3.mlp.experts.down_proj`)."""
     return _EXPERT_WEIGHT.fullmatch(name) is not None
+
+
+def is_shared_expert_weight(name: str) -> bool:
+    """Whether a parameter of that name is of experts that every token passes (`...mlp.shared_experts.up_proj.weight`).
+
+    The gate of a shared expert is no part of it: `is_router_weight`.
+    """
+    return _SHARED_EXPERT_WEIGHT.fullmatch(name) is not None
 
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moestro.artifacts import Artifact, Job
+from moestro.artifacts import Artifact, Job, fingerprint
 from moestro.config import RlConfig
 from moestro.data.tasks import Problem, Task
 from moestro.data.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ from moestro.rl.rollouts import Rollouts, collate
 from moestro.rl.update import Learner, old_logprobs, update
 from moestro.training.optimizer import build_optimizer
 from moestro.training.runtime import deterministic
-from moestro.training.state import load_state, save_state
+from moestro.training.state import load_state, model_fingerprint, save_state
 
 STATE, POLICY = "state", "policy"
 """Folders in scratch: the training state, and the present weights as a checkpoint for the engine."""
@@ -51,6 +51,8 @@ class _Run:
     moe: bool
     routes: bool
     """Whether the engine says which experts it chose."""
+    owner: str
+    """Whose the training state is."""
 
     @property
     def max_model_len(self) -> int:
@@ -74,7 +76,10 @@ def rl(config: RlConfig, *, model: Artifact, engine: EngineFactory, job: Job) ->
     run = _prepare(config, policy, model.path, moe, job)
     saved: dict[str, Any] = {}
     learner, state = run.learner, job.scratch / STATE
-    done = load_state(state, model=policy, optimizer=learner.optimizer, schedule=learner.schedule, extra=saved) or 0
+    done = load_state(
+        state, model=policy, optimizer=learner.optimizer, schedule=learner.schedule, owner=run.owner, extra=saved
+    )
+    done = done or 0
     history = History.restore(saved)
     if done < config.steps:
         folder = _write_policy(run)
@@ -97,7 +102,8 @@ def _prepare(config: RlConfig, policy: PreTrainedModel, source: Path, moe: bool,
     optimizer, schedule = build_optimizer(policy, config.optimizer, config.steps * config.mini_steps)
     learner = Learner(policy, optimizer, schedule, config)
     routes = returned_routing(source, longest) is not None
-    return _Run(config, job, task, tokenizer, curriculum, learner, source, moe, routes)
+    owner = fingerprint("rl state", "1", config, {"model": model_fingerprint(policy)})
+    return _Run(config, job, task, tokenizer, curriculum, learner, source, moe, routes, owner)
 
 
 def _longest(config: RlConfig, curriculum: Curriculum, model: PreTrainedModel) -> int:
@@ -147,6 +153,7 @@ def _step(run: _Run, engine: Engine, history: History, step: int) -> None:
         model=learner.model,
         optimizer=learner.optimizer,
         schedule=learner.schedule,
+        owner=run.owner,
         extra=history.state(),
     )
     speeds = {"rollout/tokens_per_second": speed, "update/tokens_per_second": update_speed}

@@ -14,9 +14,9 @@ from moestro.errors import InputError
 from moestro.models.checkpoint import load_config, load_model, save_model
 from moestro.models.families import check_seed
 from moestro.models.files import check_folder
+from moestro.models.gguf_file import read_gguf, read_tokenizer
 from moestro.models.routers import parameter_counts
-from moestro.seeding.gguf_file import read_gguf, read_tokenizer
-from moestro.seeding.sources import locate
+from moestro.models.sources import locate
 
 
 def import_seed(config: ImportSeed, *, job: Job) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def import_seed(config: ImportSeed, *, job: Job) -> dict[str, Any]:
     size_bytes. Raises `InputError` for a missing path or package, a truncated or incomplete checkpoint, a missing
     tokenizer, one that does not fit the model, and an architecture that cannot become a Mixture-of-Experts.
     """
-    source = locate(config.path)
+    source = locate(config)
     dtype: torch.dtype = getattr(torch, config.dtype)
     job.reporter.progress(0, 2, f"reading {source.name}")
     if source.is_dir():

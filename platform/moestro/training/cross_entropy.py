@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moestro_kernels.products import product, product_into
+
 BLOCK_LOGITS = 1 << 20
-"""Logits of a block; 4 MB of float32 stay in the cache."""
-MIN_BLOCK_ROWS = 64
+"""Logits of a block while the vocabulary is small; 4 MB of float32 stay in the cache."""
 
 
 def head_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """Mean over tokens of -log softmax(hidden_TD weight_VD^T)[labels_T], in nats (scalar, float32).
+    """Mean over tokens of -log softmax(hidden_TD weight_VD^T)[labels_T], in nats (scalar, float32); 0 for no token.
 
     Under `torch.autocast("cpu")` the products run in the autocast type; softmax and sums are float32 always.
     """
@@ -37,19 +38,20 @@ class _HeadCrossEntropy(torch.autograd.Function):
             cast_TD, cast_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
             grad_TD = torch.empty_like(cast_TD) if need_hidden else None
             grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
-            rows = max(MIN_BLOCK_ROWS, BLOCK_LOGITS // len(weight_VD))
+            # Each block adds to the whole of grad_VD: with fewer rows than D that costs more than the logits do.
+            rows = max(hidden_TD.shape[1], BLOCK_LOGITS // len(weight_VD))
             for start in range(0, len(labels_T), rows):
                 block = slice(start, start + rows)
-                loss, delta_RV = _block(cast_TD[block] @ cast_VD.T, labels_T[block], len(labels_T))
+                loss, delta_RV = _block(product(cast_TD[block], cast_VD.t()), labels_T[block], len(labels_T))
                 total += loss
                 delta_RV = delta_RV.to(dtype)
                 if grad_TD is not None:
-                    torch.mm(delta_RV, cast_VD, out=grad_TD[block])
+                    product_into(grad_TD[block], delta_RV, cast_VD)
                 if grad_VD is not None:
-                    grad_VD += delta_RV.T @ cast_TD[block]
+                    grad_VD += product(delta_RV.t(), cast_TD[block])
         ctx.save_for_backward(grad_TD, grad_VD)
         ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype)
-        return total / len(labels_T)
+        return total / max(1, len(labels_T))
 
     @staticmethod
     @once_differentiable

@@ -50,7 +50,7 @@ class TrainingResult:
     final_loss: float
     """Mean training loss since the last but one logged step, nats per token."""
     steps: int
-    """Optimiser steps."""
+    """Optimiser steps that were done."""
     tokens: int
     """Tokens trained on."""
     tokens_per_second: float
@@ -59,12 +59,25 @@ class TrainingResult:
     """Time spent in steps."""
     loss_flatness: float
     """Relative improvement of the mean loss over the last fifth of the steps."""
+    flops: float
+    """Model FLOPs of all steps (see `flops`)."""
+    mfu: float
+    """Model FLOPs utilisation: model FLOPs per second by what this machine's matrix products reach."""
+    epochs: dict[str, float]
+    """How often each domain's text was gone through."""
 
     last: dict[str, Any]
     """The last row of the history."""
 
+    stopped_at: int | None = None
+    """Step at which the held-out loss had not fallen for long enough; None: it ran to its end."""
+    best_step: int | None = None
+    """Step whose weights were kept, where training can stop early."""
+    best_held_out_loss: float | None = None
+    """Their held-out loss, nats per token."""
+
     def figures(self, *names: str) -> dict[str, Any]:
-        """As JSON values; of the last row only what is named."""
-        figures = asdict(self)
+        """As JSON values, without what is None; of the last row only what is named."""
+        figures = {name: value for name, value in asdict(self).items() if value is not None}
         last = figures.pop("last")
         return figures | {name: last[name] for name in names}

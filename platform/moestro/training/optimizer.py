@@ -13,19 +13,27 @@ from transformers import PreTrainedModel
 
 from moestro.config import OptimizerConfig
 from moestro.models.routers import is_router_weight
+from moestro.training.learning_rates import ALIKE, RateFactors
 
 
 def build_optimizer(
-    model: PreTrainedModel, config: OptimizerConfig, total_steps: int
+    model: PreTrainedModel, config: OptimizerConfig, total_steps: int, factors: RateFactors = ALIKE
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """AdamW over the parameters of `model` that require gradients, and its schedule, stepped once per step."""
-    decayed, exempt = parameter_groups(model)
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=config.betas,
-        fused=True,
-    )
+    """AdamW over the parameters of `model` that require gradients, and its schedule, stepped once per step.
+
+    `factors` multiply the learning rate, hence also what weight decay takes off per step.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = []
+    for parameters, decay in zip(parameter_groups(model), (config.weight_decay, 0.0), strict=True):
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            by_factor.setdefault(factors.factor(names[id(parameter)]), []).append(parameter)
+        groups += [
+            {"params": group, "weight_decay": decay, "lr": factor * config.learning_rate}
+            for factor, group in by_factor.items()
+        ]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: schedule_factor(config, step, total_steps))
 
 
@@ -44,11 +52,12 @@ def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Share of the peak learning rate at `step` (from 0).
 
-    It rises linearly to 1 at step `warmup_steps` - 1, then decays to `min_learning_rate_ratio` at the last step.
+    It rises linearly to 1 at the last step of the warm-up, then decays to `min_learning_rate_ratio` at the last step.
     """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = min(1.0, (step + 1 - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    warmup = config.warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step + 1 - warmup) / max(1, total_steps - warmup))
     floor = config.min_learning_rate_ratio
     match config.schedule:
         case "constant":

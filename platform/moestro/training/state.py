@@ -3,9 +3,11 @@
     FOLDER/step-00000050-<first digits of its SHA-256>.pt
 
 A file is written under another name, made durable and renamed. Its digest is part of its name, so one that was
-damaged afterwards is passed over and the one before it is used.
+damaged afterwards is passed over and the one before it is used. It names the run that it belongs to, its owner: another
+run does not resume from it.
 """
 
+import hashlib
 import random
 import re
 from pathlib import Path
@@ -16,10 +18,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from moestro.artifacts import file_digest, sync
+from moestro.artifacts import disk_space_errors, file_digest, sync
+from moestro.errors import InputError
 
 KEPT = 2
 DIGITS = 16
+SAMPLED = 64
+"""Values of each tensor that a model is told apart by."""
 _NAME = re.compile(rf"step-(\d+)-([0-9a-f]{{{DIGITS}}})\.pt")
 _TEMPORARY = ".tmp"
 
@@ -31,25 +36,32 @@ def save_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: LRScheduler,
+    owner: str,
     extra: dict[str, Any],
 ) -> None:
     """Keep everything that `step` finished steps have changed, and drop all but the last two checkpoints.
 
     That is: the parameters that require gradients and stored buffers, such as a router's correction bias (the others
     still are what they were loaded as), optimiser, schedule, random states of PyTorch, NumPy and Python, and `extra`
-    (JSON values and tensors).
+    (JSON values and tensors). `owner` says whose it is. The folder above `folder` has to be there: an attempt that has
+    lost it writes nothing. Raises `ResourceError` on a full disk; the checkpoints before are left as they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     state = {
-        "parameters": _trained(model),
+        "owner": owner,
+        "parameters": trained_tensors(model),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
-        "random": _random_state(),
+        "random": random_state(),
         "extra": extra,
     }
     temporary = folder / f"step-{step:08d}{_TEMPORARY}"
-    torch.save(state, temporary)
-    publish(temporary, folder / f"step-{step:08d}-{file_digest(temporary)[:DIGITS]}.pt")
+    try:
+        with disk_space_errors(folder):
+            torch.save(state, temporary)
+            publish(temporary, folder / f"step-{step:08d}-{file_digest(temporary)[:DIGITS]}.pt")
+    finally:
+        temporary.unlink(missing_ok=True)
     for old in _checkpoints(folder)[KEPT:]:
         old.unlink()
 
@@ -60,11 +72,13 @@ def load_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: LRScheduler,
+    owner: str,
     extra: dict[str, Any] | None = None,
 ) -> int | None:
     """Restore the newest intact checkpoint in `folder` and return its step, or None if there is none.
 
-    `extra` is updated with what was saved. Damaged checkpoints and what an interrupted save left are removed.
+    `extra` is updated with what was saved. Damaged checkpoints and what an interrupted save left are removed. Raises
+    `InputError` for one that does not belong to `owner`.
     """
     for leftover in folder.glob(f"step-*{_TEMPORARY}"):
         leftover.unlink()
@@ -75,19 +89,39 @@ def load_state(
             path.unlink()
             continue
         state = torch.load(path, weights_only=True)
-        trained = _trained(model)
+        require_owner(state["owner"], owner, folder)
+        trained = trained_tensors(model)
         for name, value in state["parameters"].items():
             trained[name].copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
         if extra is not None:
             extra.update(state["extra"])
         return int(matched[1])
     return None
 
 
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+def require_owner(found: str, owner: str, folder: Path) -> None:
+    """Raise `InputError` if what was found in `folder` is another run's."""
+    if found != owner:
+        raise InputError(
+            f"The training checkpoint in {folder} belongs to a run with another config, model or data.",
+            hint="Give this run a scratch folder of its own, or delete that one to start anew.",
+        )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Tells models apart: a digest (hex) of what trains and what does not, of shapes, and of values of each tensor."""
+    digest = hashlib.sha256()
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype} {value.requires_grad}".encode())
+        values = value.detach().flatten()
+        digest.update(values[:: max(1, len(values) // SAMPLED)].double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters that require gradients, and persistent buffers; detached, by name."""
     stored = model.state_dict().keys()
     parameters = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
@@ -108,13 +142,15 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Of PyTorch, NumPy and Python."""
     state: Any = np.random.get_state(legacy=True)  # noqa: NPY002  (others may draw from it)
     kind, keys, *rest = state
     return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go back to what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]

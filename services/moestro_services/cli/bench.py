@@ -15,9 +15,14 @@ from moestro_services.cli.output import Json, emit
 from moestro_services.machine import hardware
 
 BENCHMARKS: dict[str, str] = {
+    "branches": "moestro_services.bench_branches:bench",
     "experts-mlp": "moestro_kernels.experts_mlp.bench:bench",
     "lifecycle": "moestro_services.bench_lifecycle:bench",
     "mixing": "moestro_services.bench_mixing:bench",
+    "training": "moestro_services.bench_training:bench",
+    "upcycling": "moestro_services.upcycling.bench:bench",
+    "specialisation": "moestro_services.upcycling.specialisation:bench",
+    "losses": "moestro_services.upcycling.losses:bench",
 }
 """Each returns title, columns, rows, bounds and notes."""
 

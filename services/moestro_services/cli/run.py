@@ -16,6 +16,7 @@ from rich.text import Text
 from moestro.artifacts import Artifact, LifecycleRun, read_runs
 from moestro.config import LifecycleConfig, load_lifecycle
 from moestro_flows.home import Home
+from moestro_services.cli.json_events import JsonEvents
 from moestro_services.cli.output import Json, emit
 from moestro_services.cli.progress import LiveProgress
 
@@ -32,7 +33,10 @@ def run(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Run a lifecycle: what is there already is reused, what was interrupted resumes."""
+    """Run a lifecycle: what is there already is reused, what was interrupted resumes.
+
+    With --json standard error says what happens while it does, one JSON object a line.
+    """
     from moestro_flows.server import reach
 
     loaded = load_lifecycle(config)
@@ -40,11 +44,12 @@ def run(
     home.prepare()
     reach(home)
     console = Console(stderr=True)
-    with _terminate_like_interrupt(), LiveProgress(console).listening():
+    progress = JsonEvents() if json else LiveProgress(console)
+    with _terminate_like_interrupt(), progress.listening():
         from moestro_flows.stages import run_lifecycle
 
         lifecycle_run = _record(home, run_lifecycle(config, loaded.name))
-        answer = _ask(home, loaded, lifecycle_run, console) if ask and loaded.deploy else None
+        answer = _ask(home, loaded, lifecycle_run, None if json else console) if ask and loaded.deploy else None
     from moestro_flows.summary import rows
 
     table = rows(lifecycle_run, home.store)
@@ -53,7 +58,7 @@ def run(
 
 
 def plan(config: Config, json: Json = False) -> None:
-    """Say which steps would run, which are reused and which are damaged, and which field or file is to blame."""
+    """Say which steps would run and what they train, which are reused and which are damaged, and why."""
     from moestro_flows.plan import Plan
 
     steps = Plan.of(load_lifecycle(config), Home.current().store).steps
@@ -61,6 +66,7 @@ def plan(config: Config, json: Json = False) -> None:
         {
             "step": step.name,
             "action": step.action,
+            "work": step.work,
             "reason": step.reason,
             "artifact": f"{step.stage}/{step.fingerprint[:16]}",
         }
@@ -74,7 +80,7 @@ def _record(home: Home, run_id: str) -> LifecycleRun:
     return next(found for found in read_runs(home.runs) if found.id == run_id)
 
 
-def _ask(home: Home, config: LifecycleConfig, run: LifecycleRun, console: Console) -> dict[str, Any] | None:
+def _ask(home: Home, config: LifecycleConfig, run: LifecycleRun, console: Console | None) -> dict[str, Any] | None:
     """The deployed model's answer to the config's sample prompt, over REST."""
     from moestro_services.gateway.launch import ask, running_gateway
 
@@ -84,7 +90,8 @@ def _ask(home: Home, config: LifecycleConfig, run: LifecycleRun, console: Consol
         return None
     artifact = home.store.find("deploy", step.fingerprint)
     assert isinstance(artifact, Artifact)
-    console.print(f"serving {config.deploy.name} to ask it one question ...", style="dim")
+    if console:
+        console.print(f"serving {config.deploy.name} to ask it one question ...", style="dim")
     with running_gateway(home, artifact) as address:
         reply = ask(address, config.deploy.name, config.deploy.sample_prompt, 16)
     return {"prompt": config.deploy.sample_prompt, "completion": reply, "endpoint": f"{address}/v1/completions"}
@@ -111,11 +118,11 @@ def _render(
 
 def _plan_table(rows: list[dict[str, Any]]) -> Iterator[Any]:
     shown = Table(pad_edge=False)
-    for column in ("step", "action", "why", "artifact"):
+    for column in ("step", "action", "work", "why", "artifact"):
         shown.add_column(column, overflow="fold")
     for row in rows:
         style = STYLES.get(row["action"], "")
-        shown.add_row(row["step"], row["action"], escape(row["reason"]), row["artifact"], style=style)
+        shown.add_row(row["step"], row["action"], row["work"], escape(row["reason"]), row["artifact"], style=style)
     yield shown
 
 

@@ -119,7 +119,7 @@ def _tidied(store: Path) -> Iterator[None]:
 
 
 class _Alone:
-    """Passes a stage's progress on; metrics stand in its result."""
+    """Passes what a stage reports on."""
 
     def __init__(self, listener: LiveProgress, name: str) -> None:
         self.listener = listener
@@ -128,8 +128,8 @@ class _Alone:
     def progress(self, done: int, total: int, message: str = "") -> None:
         self.listener.progress(self.name, done, total, message)
 
-    def metrics(self, values: Any, step: int) -> None:
-        """Stands in the result."""
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.listener.metrics(self.name, values, step)
 
 
 def _stage_config(name: str, path: Path, domain: str) -> Config:

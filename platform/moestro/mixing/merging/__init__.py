@@ -20,7 +20,7 @@ from moestro.mixing.merging.report import MergeReport
 from moestro.mixing.merging.seed import keep_seed
 from moestro.mixing.merging.sources import Block, Sources, Span
 from moestro.mixing.merging.ties import ties
-from moestro.mixing.vocabulary import VOCABULARY_WEIGHTS, Vocabulary
+from moestro.models.vocabulary import VOCABULARY_WEIGHTS, Vocabulary
 from moestro.models.weights import NewTensor, StoredWeights
 
 SEED = "seed"

@@ -14,10 +14,10 @@ from torch import Tensor
 from moestro.config import ErcRouter
 from moestro.mixing.experts import projection
 from moestro.mixing.starts.context import RouterRows, StartContext
+from moestro.models.coupling import TINY, activation_norms_by_grams, erc_loss, row_noise
 
 STEP = 0.3
 """Length of the first step of a row of length 1; it falls to zero as half a cosine."""
-TINY = torch.finfo(torch.float32).tiny
 
 
 def erc(config: ErcRouter, context: StartContext) -> RouterRows:
@@ -44,26 +44,6 @@ def erc(config: ErcRouter, context: StartContext) -> RouterRows:
     return RouterRows({name: rows_LND[:, number] for number, name in enumerate(names)}, {"erc_loss": figures})
 
 
-def activation_norms(rows_ND: Tensor, grams_NDD: Tensor) -> Tensor:
-    """M [N, N]: M[i, j] = |W_j r_i|, the norm of what the gate_proj W of row j's experts makes of row i.
-
-    `grams_NDD` holds W^T W of every row's experts.
-    """
-    products_NND = rows_ND @ grams_NDD
-    return (products_NND * rows_ND).sum(-1).clamp_min(TINY).sqrt().T
-
-
-def erc_loss(norms_NN: Tensor, alpha: float) -> Tensor:
-    """1/N^2 sum over i and j != i of max(M_ij - a M_ii, 0) + max(M_ji - a M_ii, 0) (arXiv 2512.23447, `L_ERC`).
-
-    Zero once every row excites its own expert, and every expert is excited by its own row, 1/a times as much as any
-    other.
-    """
-    own_N1 = alpha * norms_NN.diagonal()[:, None]
-    excess_NN = torch.relu(norms_NN - own_N1) + torch.relu(norms_NN.T - own_N1)
-    return (excess_NN - torch.diag(excess_NN.diagonal())).sum() / len(norms_NN) ** 2
-
-
 def couple(drawn_ND: Tensor, grams_NDD: Tensor, *, alpha: float, steps: int, generator: torch.Generator) -> Tensor:
     """`drawn_ND`, rows of length 1, after `steps` steps down the ERC loss on the sphere.
 
@@ -75,19 +55,10 @@ def couple(drawn_ND: Tensor, grams_NDD: Tensor, *, alpha: float, steps: int, gen
     rows_ND = drawn_ND
     for step in range(steps):
         left = (1 + math.cos(math.pi * step / steps)) / 2
-        slope_ND = _slope(rows_ND, 1 + left * _reach(rows_ND, generator), grams_NDD, alpha)
+        slope_ND = _slope(rows_ND, 1 + left * row_noise(rows_ND, generator), grams_NDD, alpha)
         along_ND = slope_ND - (slope_ND * rows_ND).sum(1, keepdim=True) * rows_ND
         rows_ND = _unit(rows_ND - left * STEP * along_ND / along_ND.norm(dim=1, keepdim=True).clamp_min(TINY))
     return rows_ND
-
-
-def _reach(rows_ND: Tensor, generator: torch.Generator) -> Tensor:
-    """Relative deviations of a token near each row: at most half way to the next."""
-    if len(rows_ND) < 2:
-        return torch.zeros_like(rows_ND)
-    distances_NN = (rows_ND[:, None] - rows_ND).norm(dim=-1).fill_diagonal_(math.inf)
-    reach_N1 = distances_NN.min(dim=1, keepdim=True).values / 2
-    return reach_N1 * (2 * torch.rand(rows_ND.shape, generator=generator) - 1)
 
 
 def _slope(rows_ND: Tensor, factors_ND: Tensor, grams_NDD: Tensor, alpha: float) -> Tensor:
@@ -98,7 +69,7 @@ def _slope(rows_ND: Tensor, factors_ND: Tensor, grams_NDD: Tensor, alpha: float)
 
 def _relative_loss(rows_ND: Tensor, grams_NDD: Tensor, alpha: float) -> Tensor:
     """The loss of norms in units of their mean, which neither the rows' length nor the experts' changes."""
-    norms_NN = activation_norms(rows_ND, grams_NDD)
+    norms_NN = activation_norms_by_grams(rows_ND, grams_NDD)
     return erc_loss(norms_NN / norms_NN.mean(), alpha)
 
 

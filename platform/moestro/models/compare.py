@@ -1,20 +1,20 @@
 """What keeps branches from being mixed with their seed: every difference of all of them at once, and the ways out.
 
 The width of the feed-forward networks may differ: narrower experts are padded. Vocabularies that only add rows are
-unified on request (see `moestro.mixing.vocabulary`).
+unified on request (see `moestro.models.vocabulary`).
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moestro.errors import InputError
-from moestro.mixing.vocabulary import VOCABULARY_WEIGHTS, Clash, Vocabulary, compare_vocabularies
 from moestro.models.checkpoint import load_config
 from moestro.models.families import feed_forward_part
 from moestro.models.files import check_folder
+from moestro.models.vocabulary import VOCABULARY_WEIGHTS, Clash, Vocabulary, compare_vocabularies
 from moestro.models.weights import StoredWeights
 
 SEED = "seed"
@@ -34,7 +34,8 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Config fields that go with the tokenizer."""
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Config fields that shapes follow from."""
-KINDS = {"model_type": "architecture", "dtype": "dtype", **dict.fromkeys(SIZES, "sizes")}
+DTYPE = "dtype"
+KINDS = {"model_type": "architecture", DTYPE: "dtype", **dict.fromkeys(SIZES, "sizes")}
 """Config fields whose differences have a way out of their own, see `WAYS_OUT`."""
 HEAD = "lm_head.weight"
 BUFFER = "rotary_emb.inv_freq"
@@ -96,12 +97,16 @@ class _Model:
         return cls(folder, parsed, config, {name: (stored[name].code, shape(name)) for name in names})
 
 
-def check_same_kind(seed: Path, branches: Mapping[str, Path], *, unify_vocabulary: bool = False) -> Likeness:
+def check_same_kind(
+    seed: Path, branches: Mapping[str, Path], *, unify_vocabulary: bool = False, any_dtype: bool = False
+) -> Likeness:
     """What seed and branches have in common, once it is known that they can be mixed.
 
+    `any_dtype`: weights may be stored in another type than the seed's, as those that are converted may.
     Raises one `InputError` that lists all differences of all branches, and what could be done about each kind.
     """
-    found = _Differences()
+    skipped = IRRELEVANT | (set(SPECIAL_TOKENS) if unify_vocabulary else set()) | ({DTYPE} if any_dtype else set())
+    found = _Differences(skipped)
     models = {SEED: _Model.read(seed)}
     for name, folder in branches.items():
         try:
@@ -109,7 +114,7 @@ def check_same_kind(seed: Path, branches: Mapping[str, Path], *, unify_vocabular
         except InputError as error:
             found.add("files", name, str(error).removesuffix("."))
     for name, model in models.items():
-        found.compare(name, model, models[SEED], special_tokens=not unify_vocabulary)
+        found.compare(name, model, models[SEED])
     folders = {name: branches.get(name, seed) for name in models}
     rows = {name: model.config.vocab_size for name, model in models.items()}
     vocabulary, clashes = compare_vocabularies(folders, rows, base=SEED)
@@ -126,7 +131,9 @@ def check_same_kind(seed: Path, branches: Mapping[str, Path], *, unify_vocabular
 class _Differences:
     """Lines of an error, and the kinds of differences that they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, skipped: Set[str]) -> None:
+        """`skipped` are fields of configs that may differ; without a `dtype` weights' types may."""
+        self._skipped = skipped
         self._lines: list[str] = []
         self._kinds: set[str] = set()
 
@@ -134,13 +141,12 @@ class _Differences:
         self._lines.append(f"{name}: {line}")
         self._kinds.add(kind)
 
-    def compare(self, name: str, model: _Model, seed: _Model, *, special_tokens: bool) -> None:
+    def compare(self, name: str, model: _Model, seed: _Model) -> None:
         """Everything but the vocabulary."""
         theirs, ours = model.config.to_dict(), seed.config.to_dict()
         foreign = theirs["model_type"] != ours["model_type"]
         both = theirs.keys() & ours.keys() if foreign else theirs.keys() | ours.keys()
-        skipped = IRRELEVANT | (set() if special_tokens else set(SPECIAL_TOKENS))
-        fields = [field for field in sorted(both - skipped) if theirs.get(field) != ours.get(field)]
+        fields = [field for field in sorted(both - self._skipped) if theirs.get(field) != ours.get(field)]
         for field in fields:
             self.add(
                 KINDS.get(field, "fields"), name, f"{field} is {theirs.get(field)!r}, the seed's is {ours.get(field)!r}"
@@ -155,7 +161,13 @@ class _Differences:
             return f"{weight[0]} [{', '.join(map(str, weight[1]))}]" if weight else "missing"
 
         both = sorted(model.weights.keys() | seed.weights.keys())
-        unlike = [weight for weight in both if model.weights.get(weight) != seed.weights.get(weight)]
+        part = slice(1, None) if DTYPE in self._skipped else slice(None)
+        absent: tuple[Any, ...] = ()
+        unlike = [
+            weight
+            for weight in both
+            if model.weights.get(weight, absent)[part] != seed.weights.get(weight, absent)[part]
+        ]
         for weight in unlike[:SHOWN]:
             theirs, ours = shown(model.weights.get(weight)), shown(seed.weights.get(weight))
             self.add("weights", name, f"{weight} is {theirs}, the seed's is {ours}")

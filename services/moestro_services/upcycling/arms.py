@@ -1,0 +1,180 @@
+"""What each rival of `moestro bench upcycling` does with a converged seed, one method each.
+
+All of one random seed start from the same seed model and read the same text in the same batches of `Scale`. A budget is
+that of BTX as published: its branches and the tuning of its mixture. Who trains otherwise gets the same model FLOPs,
+or, where it says so, the same wall clock, in which the branches are trained side by side.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from moestro.artifacts import Artifact
+from moestro.config import (
+    BranchConfig,
+    Config,
+    EvaluateConfig,
+    GlobalBatchLoss,
+    LifecycleConfig,
+    MixConfig,
+    OptimizerConfig,
+    PretrainSeed,
+    TrainingConfig,
+    TuneConfig,
+    validate,
+)
+from moestro.evaluation.domain_ensembles import posterior_ensembles
+from moestro_services.upcycling.lab import Lab
+
+Trainable = Literal["all", "ffn"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained."""
+
+    lifecycle: LifecycleConfig
+    """Whose domains, tokens and seed model are taken."""
+    seed_steps: int = 1500
+    """Steps of the seed, whose loss then falls by less than 1% in their last fifth."""
+    branch_steps: int = 200
+    tune_steps: int = 200
+    batch_size: int = 16
+    sequence_length: int = 256
+    learning_rate: float = 1e-3
+    """Of everything that continues from the seed."""
+    held_out_tokens: int = 32_768
+    """Per domain."""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains."""
+        return tuple(domain.name for domain in self.lifecycle.data.domains)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rival reached from one random seed."""
+
+    losses: Mapping[str, float]
+    """Held-out loss by domain, nats per token."""
+    flops: float = 0.0
+    """Model FLOPs of training, after the seed."""
+    seconds: float = math.nan
+    """Wall clock of training, after the seed, with as many workers as branches."""
+
+    @property
+    def perplexity(self) -> float:
+        """Geometric mean over domains."""
+        return math.exp(sum(self.losses.values()) / len(self.losses))
+
+
+@dataclass
+class Arms:
+    """The rivals of one random seed."""
+
+    lab: Lab
+    scale: Scale
+    _branches: dict[Trainable, dict[str, Artifact]] = field(default_factory=dict)
+
+    @cached_property
+    def corpora(self) -> dict[str, Artifact]:
+        """The domains' text, the same for every random seed."""
+        configs = self.scale.lifecycle.data.corpus_configs()
+        return {name: self.lab.run("corpus", config, name) for name, config in configs.items()}
+
+    @cached_property
+    def seed(self) -> Artifact:
+        """The dense model that all start from."""
+        given = self.scale.lifecycle.seed
+        assert isinstance(given, PretrainSeed)
+        training = given.training.model_copy(update={"steps": self.scale.seed_steps, "seed": self.lab.seed})
+        return self.lab.run("seed", given.model_copy(update={"training": training}), corpora=self.corpora)
+
+    @cached_property
+    def tokens(self) -> dict[str, Artifact]:
+        """By domain."""
+        config = self.scale.lifecycle.tokens
+        return {
+            name: self.lab.run("tokens", config, name, corpus=text, seed=self.seed)
+            for name, text in self.corpora.items()
+        }
+
+    def training(self, **budget: float) -> TrainingConfig:
+        """How everything is trained that continues from the seed."""
+        scale = self.scale
+        return TrainingConfig(
+            **budget,
+            batch_size=scale.batch_size,
+            sequence_length=scale.sequence_length,
+            dtype="bfloat16",
+            seed=self.lab.seed,
+            optimizer=OptimizerConfig(learning_rate=scale.learning_rate, warmup_steps=min(10, scale.branch_steps)),
+        )
+
+    def branches(self, trainable: Trainable) -> dict[str, Artifact]:
+        """One copy of the seed per domain, trained on it alone."""
+        if trainable not in self._branches:
+            training = self.training(steps=self.scale.branch_steps)
+            self._branches[trainable] = {
+                name: self.lab.run(
+                    "branch",
+                    BranchConfig(domain=name, training=training, trainable=trainable),
+                    f"{name}, {trainable}",
+                    seed=self.seed,
+                    tokens=tokens,
+                )
+                for name, tokens in self.tokens.items()
+            }
+        return self._branches[trainable]
+
+    def dense(self, what: str, **budget: float) -> Artifact:
+        """The seed trained on all domains in equal parts."""
+        first, *others = self.tokens
+        config = BranchConfig(
+            domain=first,
+            training=self.training(**budget),
+            trainable="all",
+            general_share=len(others) / len(self.tokens),
+        )
+        general = {name: self.tokens[name] for name in others}
+        return self.lab.run("branch", config, what, seed=self.seed, tokens=self.tokens[first], general=general)
+
+    def mix(self, what: str, branches: Mapping[str, Artifact], **fields: Any) -> Artifact:
+        """One MoE of `branches`."""
+        config: MixConfig = validate(MixConfig, fields, where=what)
+        return self.lab.run("mix", config, what, seed=self.seed, branches=branches, tokens=self.tokens)
+
+    def tune(self, what: str, model: Artifact, training: TrainingConfig, **fields: Any) -> Artifact:
+        """The MoE trained on all domains."""
+        config = TuneConfig(training=training, **({"losses": (GlobalBatchLoss(),)} | fields))
+        return self.lab.run("tune", config, what, model=model, tokens=self.tokens)
+
+    def outcome(self, what: str, model: Artifact, *trained: Artifact) -> Outcome:
+        """Held-out losses of `model`, whose training was that of `trained`: branches side by side, the rest after."""
+        config: Config = EvaluateConfig(
+            sequence_length=self.scale.sequence_length, max_tokens=self.scale.held_out_tokens
+        )
+        losses = self.lab.run("evaluate", config, what, model=model, tokens=self.tokens).record.result["held_out_loss"]
+        return Outcome(losses, *cost(*trained))
+
+    def ensembles(self, branches: Mapping[str, Artifact]) -> dict[int, Outcome]:
+        """Branch-Train-Merge: branches predict together, by the probability of each domain given the text so far."""
+        losses = posterior_ensembles(
+            {name: branch.path for name, branch in branches.items()},
+            {name: tokens.path for name, tokens in self.tokens.items()},
+            top_k=(1, 2),
+            sequence_length=self.scale.sequence_length,
+            max_tokens=self.scale.held_out_tokens,
+        )
+        return {top_k: Outcome(by_domain, *cost(*branches.values())) for top_k, by_domain in losses.items()}
+
+
+def cost(*trained: Artifact) -> tuple[float, float]:
+    """Model FLOPs, and seconds where branches run side by side and what is no branch after them."""
+    results = [(artifact.stage, artifact.record.result) for artifact in trained]
+    side_by_side = [result["seconds"] for stage, result in results if stage == "branch"]
+    after = [result["seconds"] for stage, result in results if stage != "branch"]
+    return sum(result["flops"] for _, result in results), max(side_by_side, default=0.0) + sum(after)

@@ -1,0 +1,123 @@
+"""`moestro bench upcycling`: which way of making experts wins, on one budget, from the same converged seeds.
+
+On the quickstart's domains, from several random seeds. Everything trained is an artifact in the home's folder `bench`:
+a run that was stopped goes on, and a finished one only measures again.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moestro.cluster import Cluster
+from moestro.config import load_lifecycle
+from moestro_flows.home import Home
+from moestro_services.upcycling.arms import Arms, Outcome, Scale
+from moestro_services.upcycling.lab import Lab, Workshop
+from moestro_services.upcycling.rivals import (
+    BEST_BRANCH,
+    DENSE_CLOCK,
+    RECIPE,
+    SEED,
+    SPARSE,
+    UNTRAINED,
+    rivals,
+)
+from moestro_services.upcycling.statistics import Interval, ratios
+
+CONFIG = Path("examples/quickstart.yaml")
+SEEDS = (0, 1, 2)
+MAX_WAITING = 64
+"""Threads that wait for stages; all rivals of all seeds must fit, for some wait for others."""
+Found = TypeVar("Found")
+Table = Mapping[str, Sequence[Outcome]]
+"""By rival, one outcome per random seed."""
+BOUNDS = (
+    (RECIPE, SEED, 0.97),
+    (RECIPE, BEST_BRANCH, 0.95),
+    (RECIPE, DENSE_CLOCK, 1.0),
+    (RECIPE, SPARSE, 1.0),
+    (UNTRAINED, SEED, 1.0),
+)
+"""Whose perplexity, by whose, at most."""
+
+
+def bench() -> dict[str, Any]:
+    """About two hours on two cores the first time."""
+    return report(measure(Scale(load_lifecycle(CONFIG)), SEEDS), SEEDS)
+
+
+def measure(scale: Scale, seeds: Sequence[int]) -> dict[str, list[Outcome]]:
+    """Every rival from every random seed, and the best branch of each."""
+    table = on_all_seeds(scale, seeds, rivals)
+    by_seed = [{name: outcomes[number] for name, outcomes in table.items()} for number in range(len(seeds))]
+    return table | {BEST_BRANCH: [_best_branch(outcomes) for outcomes in by_seed]}
+
+
+def on_all_seeds(
+    scale: Scale, seeds: Sequence[int], wanted: Callable[[Arms], Mapping[str, Callable[[], Found]]]
+) -> dict[str, list[Found]]:
+    """What is `wanted`, by name, one per random seed; as many stages side by side as there are cores."""
+    cluster = Cluster()
+    cluster.connect()
+    try:
+        workshop = Workshop(Home.current().path / "bench", cluster, _tell)
+        with ThreadPoolExecutor(max_workers=MAX_WAITING) as pool:
+            running = [
+                {name: pool.submit(make) for name, make in wanted(Arms(Lab(workshop, seed), scale)).items()}
+                for seed in seeds
+            ]
+            found = [{name: future.result() for name, future in one.items()} for one in running]
+    finally:
+        cluster.shutdown()
+    return {name: [one[name] for one in found] for name in found[0]}
+
+
+def report(table: Table, seeds: Sequence[int]) -> dict[str, Any]:
+    """The table, its bounds and notes."""
+    domains = list(table[SEED][0].losses)
+    return {
+        "title": f"Recipes on one budget, {len(seeds)} random seeds",
+        "columns": ["rival", *domains, "perplexity (geometric mean)", "by the seed's", "PFLOP", "wall clock, s"],
+        "rows": [_row(name, table, domains) for name in table],
+        "bounds": [_bound(table, *bound) for bound in BOUNDS],
+        "notes": [
+            "Held-out loss by domain in nats per token, means over random seeds; ±: half a 95% interval (Student's t).",
+            "FLOPs are model FLOPs of training after the seed. The wall clock has branches side by side, a core each.",
+            "Equal FLOPs: those of BTX as published, for every mixture too, whose tuning takes what its branches left.",
+            "Best single branch: the one with the lowest geometric mean over all domains.",
+        ],
+    }
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _best_branch(outcomes: Mapping[str, Outcome]) -> Outcome:
+    branches = [outcome for name, outcome in outcomes.items() if name.startswith("branch ")]
+    return min(branches, key=lambda outcome: outcome.perplexity)
+
+
+def _row(name: str, table: Table, domains: Sequence[str]) -> list[str]:
+    outcomes, seeds = table[name], table[SEED]
+    perplexities = [outcome.perplexity for outcome in outcomes]
+    return [
+        name,
+        *(str(Interval.of([outcome.losses[domain] for outcome in outcomes])) for domain in domains),
+        str(Interval.of(perplexities)),
+        str(ratios(perplexities, [outcome.perplexity for outcome in seeds])),
+        f"{Interval.of([outcome.flops / 1e15 for outcome in outcomes]).mean:.3f}",
+        f"{Interval.of([outcome.seconds for outcome in outcomes]).mean:.0f}",
+    ]
+
+
+def _bound(table: Table, one: str, other: str, limit: float) -> dict[str, Any]:
+    ratio = ratios(*([outcome.perplexity for outcome in table[name]] for name in (one, other)))
+    return {
+        "what": f"{one}, by {other} ({ratio})",
+        "value": ratio.mean,
+        "limit": f"<= {limit}",
+        "ok": ratio.mean <= limit,
+    }

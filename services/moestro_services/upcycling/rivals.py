@@ -1,0 +1,136 @@
+"""The rivals of `moestro bench upcycling`, by the name under which the table lists them."""
+
+import math
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moestro.artifacts import Artifact
+from moestro_services.upcycling.arms import Arms, Outcome, Trainable
+from moestro_services.upcycling.soup import soup
+
+SEED, DENSE, DENSE_CLOCK, SPARSE = (
+    "seed",
+    "dense, equal FLOPs",
+    "dense, equal wall clock",
+    "sparse upcycling, equal FLOPs",
+)
+RECIPE, UNTRAINED = "Moestro's recipe", "FFN-only branches, centroid router, untrained"
+BEST_BRANCH = "best single branch"
+CLOCK_ROUNDING = 10
+"""Steps of dense training are rounded up to so many, so that a run again asks for the same."""
+RANDOM: dict[str, Any] = {"type": "random"}
+CENTROID: dict[str, Any] = {"type": "centroid"}
+
+
+def _rest(**method: Any) -> dict[str, dict[str, Any]]:
+    return dict.fromkeys(("attention", "norms", "embeddings"), method)
+
+
+PUBLISHED = _rest(type="mean", include_seed=True)
+"""Branch-Train-MiX (arXiv 2403.07816): the mean of all models, the seed among them."""
+MIXES: dict[str, tuple[Trainable, dict[str, Any]]] = {
+    "BTX as published": ("all", {"rest": PUBLISHED, "router": RANDOM}),
+    "BTX, TIES": ("all", {"rest": _rest(type="ties"), "router": RANDOM}),
+    "BTX, DARE": ("all", {"rest": _rest(type="dare"), "router": RANDOM}),
+    "BTX, centroid router": ("all", {"rest": PUBLISHED, "router": CENTROID}),
+    "BTX, ERC router": ("all", {"rest": PUBLISHED, "router": {"type": "erc"}}),
+    "BTX, FFN-only branches": ("ffn", {"router": RANDOM}),
+    "DivMoE's slices": (
+        "all",
+        {"rest": PUBLISHED, "router": RANDOM, "experts": {"type": "divmoe"}, "num_experts_per_tok": 4},
+    ),
+    RECIPE: ("ffn", {"router": CENTROID | {"spread": 3.0}}),
+}
+"""Which weights of the branches train, and how they are mixed."""
+
+
+def rivals(arms: Arms) -> dict[str, Callable[[], Outcome]]:
+    """What each does, once called; those that are called while others still train wait for what they need."""
+    return {
+        SEED: lambda: arms.outcome(SEED, arms.seed),
+        DENSE: lambda: _dense(arms, DENSE, flops=budget(arms)),
+        DENSE_CLOCK: lambda: _dense_by_clock(arms),
+        **{f"branch {name}": partial(_branch, arms, name) for name in arms.scale.domains},
+        "Branch-Train-Merge, top-1": lambda: arms.ensembles(arms.branches("all"))[1],
+        "Branch-Train-Merge, top-2": lambda: arms.ensembles(arms.branches("all"))[2],
+        "weight soup": lambda: _soup(arms),
+        SPARSE: lambda: _sparse(arms),
+        UNTRAINED: lambda: _untrained(arms),
+        **{name: partial(_mixed, arms, name) for name in MIXES},
+    }
+
+
+def budget(arms: Arms) -> float:
+    """Model FLOPs that BTX as published spends: its branches, and the steps of its tuning."""
+    return _published(arms)[0].flops
+
+
+def recipe_tuned(arms: Arms) -> Artifact:
+    """The model that Moestro's recipe ends with."""
+    return _tuned(arms, RECIPE)[1]
+
+
+def sparse_tuned(arms: Arms) -> Artifact:
+    """The model that sparse upcycling ends with."""
+    count = len(arms.tokens) + 1
+    model = arms.mix(SPARSE, {}, experts={"type": "sparse_upcycling", "num_experts": count}, router=RANDOM)
+    return arms.tune(SPARSE, model, arms.training(flops=budget(arms)))
+
+
+def _published(arms: Arms) -> tuple[Outcome, Artifact]:
+    name = "BTX as published"
+    trainable, fields = MIXES[name]
+    branches = arms.branches(trainable)
+    tuned = arms.tune(name, arms.mix(name, branches, **fields), arms.training(steps=arms.scale.tune_steps))
+    return arms.outcome(name, tuned, *branches.values(), tuned), tuned
+
+
+def _mixed(arms: Arms, name: str) -> Outcome:
+    return _tuned(arms, name)[0]
+
+
+def _tuned(arms: Arms, name: str) -> tuple[Outcome, Artifact]:
+    if name == "BTX as published":
+        return _published(arms)
+    trainable, fields = MIXES[name]
+    branches = arms.branches(trainable)
+    spent = sum(branch.record.result["flops"] for branch in branches.values())
+    tuned = arms.tune(name, arms.mix(name, branches, **fields), arms.training(flops=budget(arms) - spent))
+    return arms.outcome(name, tuned, *branches.values(), tuned), tuned
+
+
+def _untrained(arms: Arms) -> Outcome:
+    branches = arms.branches("ffn")
+    return arms.outcome(UNTRAINED, arms.mix(UNTRAINED, branches, router=CENTROID), *branches.values())
+
+
+def _dense(arms: Arms, what: str, **training: float) -> Outcome:
+    model = arms.dense(what, **training)
+    return arms.outcome(what, model, model)
+
+
+def _dense_by_clock(arms: Arms) -> Outcome:
+    """As many steps as one worker does while the recipe's branches train side by side and its mixture after them."""
+    per_step = arms.dense(DENSE, flops=budget(arms)).record.result
+    steps = _mixed(arms, RECIPE).seconds / (per_step["seconds"] / per_step["steps"])
+    return _dense(arms, DENSE_CLOCK, steps=CLOCK_ROUNDING * math.ceil(steps / CLOCK_ROUNDING))
+
+
+def _branch(arms: Arms, name: str) -> Outcome:
+    branch = arms.branches("all")[name]
+    return arms.outcome(f"branch {name}", branch, branch)
+
+
+def _soup(arms: Arms) -> Outcome:
+    branches = arms.branches("all")
+    with tempfile.TemporaryDirectory() as folder:
+        model = soup([branch.path for branch in branches.values()], Path(folder) / "soup")
+        return arms.outcome("weight soup", model, *branches.values())
+
+
+def _sparse(arms: Arms) -> Outcome:
+    tuned = sparse_tuned(arms)
+    return arms.outcome(SPARSE, tuned, tuned)
