@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
-from itertools import cycle
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,6 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LAYOUT_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 """Order of types within a file, that of the safetensors library: widest first, so that all are aligned."""
-COPY_BYTES = 4 << 20
-"""Bytes that are copied at a time."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ class NewTensor:
     shape: tuple[int, ...]
     source: StoredTensor | Callable[[], Iterator[Tensor]]
     """A stored tensor of that type whose bytes are copied unread, or a function that makes it, block by block: the
-    blocks follow one another along the first axis, and stay as they are once they are handed over."""
+    blocks follow one another along the first axis."""
 
     @property
     def size(self) -> int:
@@ -164,12 +161,11 @@ def write_weights(
     total = sum(tensor.size for tensor in tensors.values())
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(len(shards))]
     done, digests = 0, {}
-    buffers = cycle((memoryview(bytearray(COPY_BYTES)), memoryview(bytearray(COPY_BYTES))))
     for name, shard in zip(names, shards, strict=True):
         with DigestedFile(out / name) as file:
             file.write(_header(shard))
             for key, tensor in shard:
-                _write(file, key, tensor, buffers)
+                _write(file, key, tensor)
                 done += tensor.size
                 progress(done, total)
             digests[name] = file.hexdigest()
@@ -210,9 +206,9 @@ def _header(shard: list[tuple[str, NewTensor]]) -> bytes:
     return HEADER_LENGTH.pack(len(text)) + text
 
 
-def _write(file: DigestedFile, name: str, tensor: NewTensor, buffers: Iterator[memoryview]) -> None:
+def _write(file: DigestedFile, name: str, tensor: NewTensor) -> None:
     if isinstance(tensor.source, StoredTensor):
-        _copy(tensor.source, file, buffers)
+        _copy(tensor.source, file)
         return
     written = 0
     for block in tensor.source():
@@ -227,16 +223,13 @@ def _write(file: DigestedFile, name: str, tensor: NewTensor, buffers: Iterator[m
         raise ValueError(f"{name} came with {written} bytes, not {tensor.size}")
 
 
-def _copy(stored: StoredTensor, file: DigestedFile, buffers: Iterator[memoryview]) -> None:
-    """Each buffer must come round again only after another one."""
+def _copy(stored: StoredTensor, file: DigestedFile) -> None:
     with stored.path.open("rb", buffering=0) as stream:
         stream.seek(stored.start)
-        left = stored.length
-        while left:
-            view = next(buffers)[:left]
-            _fill(view, stream)
-            file.write(view)
-            left -= len(view)
+        try:
+            file.copy(stream, stored.length)
+        except EOFError:
+            raise _too_short(stored.path) from None
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -249,5 +242,9 @@ def _fill(view: memoryview, stream: FileIO) -> None:
     while view:
         count = stream.readinto(view)
         if not count:
-            raise InputError(f"{stream.name} ends too early.", hint="Copy it again from its source.")
+            raise _too_short(stream.name)
         view = view[count:]
+
+
+def _too_short(path: object) -> InputError:
+    return InputError(f"{path} ends too early.", hint="Copy it again from its source.")
