@@ -129,6 +129,13 @@ def test_text_goes_to_the_expert_of_its_domain(router: str, models: dict[str, Pa
         assert 0.7 < torch.cat(logits[layer])[:, :3].std() < 1.4
 
 
+def test_spread_scales_the_rows_of_centroids(models: dict[str, Path], tokens: dict[str, Path]) -> None:
+    configs = [config_of("centroid", router={"type": "centroid", "spread": spread}) for spread in (1.0, 3.0)]
+    one, three = (router_weights(config.router, context_of(config, models, tokens))[0] for config in configs)
+    assert one.abs().max() > 0
+    torch.testing.assert_close(three, 3 * one)
+
+
 def test_embeddings_are_the_seeds_last_hidden_states(models: dict[str, Path], tokens: dict[str, Path]) -> None:
     config = config_of("domain_embedding", router={"calibration_tokens": 256})
     context = context_of(config, models, tokens)

@@ -99,6 +99,8 @@ class CentroidRouter(Config):
     type: Literal["centroid"] = "centroid"
     calibration_tokens: int = Field(8192, ge=256)
     """Tokens per domain that the seed reads."""
+    spread: float = Field(1.0, gt=0)
+    """Standard deviation of a layer's logits; the larger, the more a token's best expert outweighs the others."""
 
 
 class DomainEmbeddingRouter(Config):

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from moestro.artifacts import RECORD_NAME, disk_space_errors, sync
@@ -57,13 +57,24 @@ def lint(
 
 def refuse_errors(folder: Path) -> None:
     """Raise `InputError` naming the rule if a checkpoint made here has an error that config and headers show."""
-    for finding in lint(folder, costly=False):
-        if finding.severity == "error":
-            raise InputError(
-                f"The checkpoint would be wrong ({finding.rule}): {finding.what} "
-                f"transformers: {finding.transformers} vLLM: {finding.vllm}",
-                hint=finding.remedy,
-            )
+    for finding in _errors(folder):
+        raise InputError(f"The checkpoint would be wrong ({_told(finding)}", hint=finding.remedy)
+
+
+def refuse_faulty(folder: Path) -> None:
+    """Raise `InputError` naming the rule if a given checkpoint has an error that config and headers show."""
+    for finding in _errors(folder):
+        mend = f"`moestro lint {folder} --fix --out FOLDER` writes a mended copy."
+        hint = mend if finding.fixable else finding.remedy
+        raise InputError(f"{folder} is wrong already ({_told(finding)}", hint=hint)
+
+
+def _errors(folder: Path) -> Iterator[Finding]:
+    return (finding for finding in lint(folder, costly=False) if finding.severity == "error")
+
+
+def _told(finding: Finding) -> str:
+    return f"{finding.rule}): {finding.what} transformers: {finding.transformers} vLLM: {finding.vllm}"
 
 
 def repair(folder: Path, findings: Sequence[Finding], out: Path, *, progress: Progress = _silent) -> None:

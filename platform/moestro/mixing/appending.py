@@ -14,6 +14,7 @@ from torch import Tensor
 from moestro.artifacts import Artifact, Job
 from moestro.config import AppendConfig
 from moestro.errors import InputError
+from moestro.linting import refuse_errors, refuse_faulty
 from moestro.mixing.existing import AddedExpert, ExistingMoe
 from moestro.mixing.experts import projection
 from moestro.mixing.joining import check_joins
@@ -39,6 +40,7 @@ def append(
     Raises `InputError` if the branch is of another kind than the model, or the model cannot take another expert.
     """
     moe = ExistingMoe.open(model.path)
+    refuse_faulty(model.path)
     _check_place(config, moe)
     check_joins(moe, branch.path)
     weights = StoredWeights(branch.path)
@@ -52,6 +54,7 @@ def append(
     }
     tensors, origins = moe.changed(kept, added), [[*names, config.domain] for names in moe.origins]
     moe.write(job, tensors, origins, max_shard_bytes=config.max_shard_bytes)
+    refuse_errors(job.out)
     num_experts = moe.num_experts + 1
     return {
         "expert": config.domain,

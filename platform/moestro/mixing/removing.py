@@ -10,6 +10,7 @@ from typing import Any
 from moestro.artifacts import Artifact, Job
 from moestro.config import RemoveConfig
 from moestro.errors import InputError
+from moestro.linting import refuse_errors, refuse_faulty
 from moestro.mixing.existing import UNKNOWN, ExistingMoe
 
 GROUP_SCORE_EXPERTS = 2
@@ -26,6 +27,7 @@ def remove(config: RemoveConfig, *, model: Artifact, job: Job) -> dict[str, Any]
     would lose different numbers.
     """
     moe = ExistingMoe.open(model.path)
+    refuse_faulty(model.path)
     removed = _removed(config, moe)
     kept = {
         layer: [expert for expert in range(moe.num_experts) if expert not in gone] for layer, gone in removed.items()
@@ -34,6 +36,7 @@ def remove(config: RemoveConfig, *, model: Artifact, job: Job) -> dict[str, Any]
     origins = [[names[expert] for expert in kept[layer]] for layer, names in zip(moe.layers, moe.origins, strict=True)]
     tensors = moe.changed(kept)
     moe.write(job, tensors, origins, max_shard_bytes=config.max_shard_bytes)
+    refuse_errors(job.out)
     num_experts = len(origins[0])
     return {
         "removed": _named(config),
