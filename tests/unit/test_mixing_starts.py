@@ -96,6 +96,7 @@ def context_of(config: MixConfig, models: Mapping[str, Path], tokens: Mapping[st
         layers=LAYERS,
         hidden=HIDDEN,
         longest=512,
+        unknown_ids=range(320, 320),
         folders=models,
         models={name: StoredWeights(folder) for name, folder in models.items()},
         tokens=tokens,
@@ -143,11 +144,12 @@ def test_embeddings_are_the_seeds_last_hidden_states(models: dict[str, Path], to
     seed = load_model(models["seed"])
     with torch.no_grad():
         embeddings = [
-            seed.model(windows_NS).last_hidden_state[0].double().mean(0) for windows_NS in context.windows(256).values()
+            seed.model(windows_NS).last_hidden_state[0].double().mean(0)
+            for windows_NS in context.windows(256)[0].values()
         ]
     centred_ND = torch.stack(embeddings) - torch.stack(embeddings).mean(0)
     for layer in range(LAYERS):
-        seen = [entering(models["seed"], ids)[layer].double() for ids in context.windows(256).values()]
+        seen = [entering(models["seed"], ids)[layer].double() for ids in context.windows(256)[0].values()]
         common_D = torch.stack([x_TD.mean(0) for x_TD in seen]).mean(0)
         for expert, row_D in enumerate(weights_LED[layer, :3].double()):
             assert abs(float(row_D @ common_D)) < 1e-5 * float(row_D.norm() * common_D.norm())

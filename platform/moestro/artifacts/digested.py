@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from itertools import cycle
@@ -17,6 +18,8 @@ from types import TracebackType
 from typing import Self
 
 BLOCK_BYTES = 4 << 20
+PART_BYTES = 1 << 20
+"""What is inspected at a time: still in the processor's cache, where a whole block is not."""
 ALIGNMENT = 4096
 """Direct writes begin and end at multiples of it, in the file and in memory."""
 
@@ -43,14 +46,22 @@ class DigestedFile:
             left = left[len(room) :]
             self._filled(len(room))
 
-    def copy(self, stream: FileIO, length: int) -> None:
-        """Append the next `length` bytes of `stream`. Raises `EOFError` if it has fewer, and as `write` does."""
+    def copy(self, stream: FileIO, length: int, *, inspect: Callable[[memoryview], None] = lambda _data: None) -> None:
+        """Append the next `length` bytes of `stream`, shown to `inspect` part by part before they are written.
+
+        Parts lie between multiples of `PART_BYTES` in the file.
+        Raises `EOFError` if there are fewer, and as `inspect` and `write`.
+        """
         while length:
-            count = stream.readinto(self._block.room()[:length])
-            if not count:
-                raise EOFError(stream.name)
-            length -= count
-            self._filled(count)
+            room = left = self._block.room()[: min(length, PART_BYTES - self._block.length % PART_BYTES)]
+            while left:
+                count = stream.readinto(left)
+                if not count:
+                    raise EOFError(stream.name)
+                left = left[count:]
+            inspect(room)
+            length -= len(room)
+            self._filled(len(room))
 
     def hexdigest(self) -> str:
         """SHA-256 of the whole file (hex), which ends here."""
