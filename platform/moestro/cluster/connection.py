@@ -57,7 +57,7 @@ class Cluster:
             # Ray raises `Exception` itself where its processes take longer to start than the 30 s it gives them.
             with interrupts_held(), terminations_kept(), named(lambda error: _no_cluster(self.address, error)):
                 ray.init(
-                    address=self.address,
+                    address=self.address or "local",  # without one Ray would join any cluster it finds on this machine
                     include_dashboard=None if self.address else False,
                     log_to_driver=False,
                     logging_level="ERROR",
