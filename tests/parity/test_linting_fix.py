@@ -167,9 +167,7 @@ TRAPS = {
     "partial rotation": Trap(("partial-rotation",), "mixtral", fields(partial_rotary_factor=0.5)),
     "whole factor of linear scaling": Trap(("rotation-fields",), "mixtral", whole_factor, built=LINEAR),
     "stray file": Trap(("stray-files",), "mixtral", stray_file),
-    "no head": Trap(
-        ("missing-head",), "mixtral", fields(tie_word_embeddings=False), built=(("tie_word_embeddings", True),)
-    ),
+    "layer too few": Trap(("layer-count",), "mixtral", fields(num_hidden_layers=1)),
     "another class": Trap(("architectures",), "mixtral", fields(architectures=["LlamaForCausalLM"])),
     "no biases": Trap(("missing-qkv-biases",), "qwen2_moe", built=(("qkv_bias", False),)),
     "empty shared expert": Trap(("empty-tensors",), "qwen2_moe", built=(("shared_expert_intermediate_size", 0),)),

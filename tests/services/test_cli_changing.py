@@ -35,7 +35,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`moe` of code, docs and the seed, the branch `law`, and `tokens` of law."""
+    """`moe` of code, docs and the seed, the branch `law`, and `tokens` of law and code."""
     root = tmp_path_factory.mktemp("models")
     train_bpe(["while True: pass"] * 4, 300).save_pretrained(root / "tokenizer")
     torch.manual_seed(0)
@@ -45,9 +45,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     law.config.rope_parameters = moe.config.rope_parameters
     law.config.rms_norm_eps = moe.config.rms_norm_eps
     save_model(law, root / "law", tokenizer_from=root / "tokenizer")
-    (root / "tokens").mkdir()
-    np.save(root / "tokens" / "train.npy", np.arange(600, dtype=np.uint16) % 320)
-    np.save(root / "tokens" / "train_documents.npy", np.zeros(1, dtype=np.int64))
+    for start, name in enumerate(("law", "code")):
+        (root / "tokens" / name).mkdir(parents=True)
+        np.save(root / "tokens" / name / "train.npy", np.arange(start, 600, 2, dtype=np.uint16) % 320)
+        np.save(root / "tokens" / name / "train_documents.npy", np.zeros(1, dtype=np.int64))
     return root
 
 
@@ -70,8 +71,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_append_and_remove(models: Path, tmp_path: Path) -> None:
     more, back = str(tmp_path / "more"), str(tmp_path / "back")
-    tokens = f"law={models / 'tokens'}"
-    told = run("append", str(models / "moe"), "--branch", f"law={models / 'law'}", "--tokens", tokens, "--out", more)
+    given = [part for name in ("law", "code") for part in ("--tokens", f"{name}={models / 'tokens' / name}")]
+    told = run("append", str(models / "moe"), "--branch", f"law={models / 'law'}", *given, "--out", more)
     assert (told["stage"], told["out"], told["result"]["router"]) == ("append", more, "centroid")
     assert read_origins(tmp_path / "more") == [["code", "docs", "seed", "law"]] * 2
     told = run("remove", more, "--expert", "law", "--out", back)
@@ -100,7 +101,8 @@ def test_the_commands_do_what_the_stages_do(models: Path, tmp_path: Path) -> Non
 
 def test_tokens_are_a_role_of_append(models: Path, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("domain: law")
-    inputs = [f"model={models / 'moe'}", f"branch={models / 'law'}", f"tokens/law={models / 'tokens'}"]
+    inputs = [f"model={models / 'moe'}", f"branch={models / 'law'}"]
+    inputs += [f"tokens/{name}={models / 'tokens' / name}" for name in ("law", "code")]
     given = [part for item in inputs for part in ("--input", item)]
     told = run("stage", "append", "--config", str(tmp_path / "a.yaml"), *given, "--out", str(tmp_path / "out"))
     assert told["result"]["num_experts"] == 4

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from moestro.errors import MoestroError
 from moestro_services.cli.app import app
+from moestro_services.cli.stage import _render
 
 STAGES = {
     "tune": "training: {steps: 1}",
@@ -36,6 +37,8 @@ def mistake(tmp_path: Path, stage: str, *arguments: str) -> MoestroError:
         (["seed={0}"], "seed={0}: expected"),
         (["model={0}"], "tune needs --input tokens/DOMAIN=FOLDER."),
         (["tokens/code={0}"], "tune needs --input model=FOLDER."),
+        (["model={0}", "model={0}"], "--input model is given twice."),
+        (["model={0}", "tokens/../x={0}"], "'../x' is no name of a domain."),
     ],
 )
 def test_a_wrong_input_is_named_with_the_roles_there_are(tmp_path: Path, inputs: list[str], words: str) -> None:
@@ -65,3 +68,15 @@ def given(tmp_path: Path) -> list[str]:
 def test_tokens_of_eval_need_a_domain(tmp_path: Path) -> None:
     result: Any = CliRunner().invoke(app, ["eval", str(tmp_path), "--tokens", str(tmp_path)])
     assert result.exception.message == f"--tokens {tmp_path}: expected DOMAIN=FOLDER."
+
+
+def test_nested_figures_stand_on_lines_of_their_own() -> None:
+    data = {"stage": "mix", "result": {"experts": [["code", ""], ["code", ""]], "rest": {"norms": {"method": "mean"}}}}
+    lines = [str(line).rstrip() for line in _render(data)]
+    assert lines == [
+        f"{'stage':<24} mix",
+        f"{'experts (each of 2)':<24} code, -",
+        "rest",
+        "  norms",
+        f"    {'method':<24} mean",
+    ]

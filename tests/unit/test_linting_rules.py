@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moestro.data.tokenizer import train_bpe
 from moestro.errors import InputError
-from moestro.linting import RULES, lint, refuse_errors, repair
+from moestro.linting import RULES, lint, refuse_errors, refuse_faulty, repair
 from moestro.models.checkpoint import load_model
 
 SMALL = {
@@ -138,6 +138,53 @@ def dropped(*names: str) -> Callable[[Path], None]:
 
 def rope(**values: Any) -> Callable[[Path], None]:
     return lambda folder: set_rope(folder, **values)
+
+
+def spoilt(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        for change in changes:
+            change(folder)
+
+    return plant
+
+
+def predicting(count: int) -> Callable[[Path], None]:
+    """A layer behind the last one with `count` experts, as GLM-4.5 keeps the one that predicts a further token."""
+
+    def change(weights: Weights) -> None:
+        for name in list(weights):
+            expert = name.partition(".experts.")[2].partition(".")[0]
+            if name.startswith("model.layers.1.") and (not expert or int(expert) < count):
+                rows = weights[name][:count] if ".gate." in name else weights[name]
+                weights[name.replace("layers.1.", "layers.2.")] = rows
+        weights["model.layers.2.eh_proj.weight"] = torch.ones(64, 128)
+
+    return spoilt(lambda folder: change_weights(folder, change), fields(num_nextn_predict_layers=1))
+
+
+def by_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+
+
+def transposed_gate(folder: Path) -> None:
+    change_weights(folder, lambda weights: {n: w.T.contiguous() if ".gate." in n else w for n, w in weights.items()})
+
+
+def packed(code: torch.dtype) -> Callable[[Path], None]:
+    """Experts packed by a quantiser, beside their scales."""
+
+    def change(weights: Weights) -> Weights:
+        kept = {name: weight for name, weight in weights.items() if ".experts." not in name}
+        for name in weights.keys() - kept.keys():
+            kept[name.replace(".weight", ".qweight")] = torch.zeros(3, 8, dtype=code)
+        return kept
+
+    return spoilt(lambda folder: change_weights(folder, change), fields(quantization_config={"quant_method": "awq"}))
 
 
 def fused_like_memory(folder: Path) -> None:
@@ -318,13 +365,20 @@ class Trap:
 
 TRAPS = {
     "cut off": Trap("damaged-files", "mixtral", cut_off),
+    "pointer": Trap("damaged-files", "mixtral", pointer),
+    "pickle": Trap("no-safetensors", "mixtral", by_pickle),
     "header disagrees": Trap("damaged-files", "mixtral", wrong_header),
     "shard missing": Trap("damaged-files", "mixtral", shard_missing),
     "stray file": Trap("stray-files", "mixtral", stray_file, mended=True),
     "index": Trap("index-mismatch", "mixtral", wrong_index, mended=True),
     "head size missing": Trap("unusable-config", "qwen3_moe", fields(head_dim=None)),
     "none chosen": Trap("unusable-config", "granitemoe", fields(num_experts_per_tok=None)),
-    "quantised": Trap("unusable-config", "mixtral", fields(quantization_config={"quant_method": "gptq"})),
+    "count is text": Trap("unusable-config", "mixtral", fields(num_local_experts="three")),
+    "count is a list": Trap("unusable-config", "qwen3_moe", fields(num_local_experts=[4])),
+    "quantised": Trap("quantised", "mixtral", fields(quantization_config={"quant_method": "gptq"})),
+    "packed": Trap("quantised", "mixtral", packed(torch.int32)),
+    "packed into a rare type": Trap("quantised", "qwen3_moe", packed(torch.uint32)),
+    "quantised GLM": Trap("quantised", "glm4_moe", packed(torch.float8_e4m3fn)),
     "architectures missing": Trap("architectures", "mixtral", dropped("architectures"), mended=True),
     "architectures foreign": Trap(
         "architectures", "qwen3_moe", fields(architectures=["Qwen3ForCausalLM"]), mended=True
@@ -339,13 +393,35 @@ TRAPS = {
     "count": Trap("expert-count", "mixtral", fields(num_local_experts=6), mended=True),
     "count of a fused layout": Trap("expert-count", "granitemoe", fields(num_local_experts=3), mended=True),
     "count twice": Trap("expert-count", "mixtral", fields(num_experts=3), mended=True),
+    "count beside": Trap("expert-count", "qwen2_moe", fields(num_local_experts=3), mended=True),
     "width": Trap("expert-width", "qwen3_moe", fields(moe_intermediate_size=32), mended=True),
     "uneven": Trap("uneven-experts", "mixtral", narrower_expert, mended=True),
     "vocabulary": Trap("vocabulary-size", "mixtral", fields(vocab_size=400), mended=True),
+    "gate transposed": Trap("shapes", "qwen3_moe", transposed_gate),
     "shape": Trap("shapes", "mixtral", fields(num_key_value_heads=2)),
     "expert missing": Trap("missing-tensors", "mixtral", without("layers.1.block_sparse_moe.experts.2.w1")),
     "layer too many": Trap("missing-tensors", "mixtral", fields(num_hidden_layers=3)),
-    "layer too few": Trap("unread-tensors", "mixtral", fields(num_hidden_layers=1), mended=True),
+    "layer too few": Trap("layer-count", "mixtral", fields(num_hidden_layers=1), mended=True),
+    "layer too few, by kind": Trap(
+        "layer-count",
+        "qwen3_moe",
+        fields(num_hidden_layers=1, layer_types=["full_attention"]),
+        mended=True,
+    ),
+    "layers below none": Trap("layer-count", "mixtral", fields(num_hidden_layers=-1), mended=True),
+    "layers with a gap": Trap(
+        "layer-count",
+        "mixtral",
+        spoilt(rename("layers.2.", "layers.3."), fields(num_hidden_layers=2)),
+        built=(("num_hidden_layers", 3),),
+    ),
+    "layer behind is not whole": Trap(
+        "layer-count", "mixtral", spoilt(without("layers.1.self_attn.q_proj"), fields(num_hidden_layers=1))
+    ),
+    "layer taken for a predicting one": Trap(
+        "layer-count", "glm4_moe", fields(num_hidden_layers=1, num_nextn_predict_layers=1), mended=True
+    ),
+    "predicting layer": Trap("predicting-layers", "glm4_moe", predicting(3)),
     "foreign tensor": Trap("unread-tensors", "mixtral", added("model.extra.weight", torch.ones(3)), mended=True),
     "foreign bias": Trap("unread-biases", "mixtral", added(BIAS, torch.ones(64))),
     "empty shared expert": Trap(
@@ -371,7 +447,7 @@ TRAPS = {
     "small groups": Trap("small-groups", "glm4_moe", fields(n_group=2, topk_group=1, num_experts_per_tok=3)),
     "no correction bias": Trap("missing-correction-bias", "glm4_moe", without(CORRECTION), mended=True),
     "zero router": Trap("unreachable-experts", "mixtral", same_rows),
-    "bias of minus infinity": Trap("unreachable-experts", "glm4_moe", filled(CORRECTION, -torch.inf, 1)),
+    "bias of minus infinity": Trap("not-finite", "glm4_moe", filled(CORRECTION, -torch.inf, 1)),
     "bias too low": Trap("unreachable-experts", "glm4_moe", filled(CORRECTION, -1.5, 1)),
     "silent expert": Trap("zero-experts", "qwen3_moe", filled("experts.2.down_proj", 0.0)),
     "silent expert, fused": Trap("zero-experts", "granitemoe", filled("output_linear", 0.0, 2)),
@@ -427,8 +503,8 @@ TRAPS = {
     "tied GLM": Trap("tied-head", "glm4_moe", tied_without_head, mended=True),
     "tied OLMoE": Trap("tied-head", "olmoe", built=(("tie_word_embeddings", True),), mended=True),
     "tied, other head": Trap("second-head", "mixtral", tied_with_other_head, mended=True),
-    "no head": Trap("missing-head", "mixtral", without("lm_head"), mended=True),
-    "no head in a GLM": Trap("missing-head", "glm4_moe", without("lm_head"), mended=True),
+    "no head": Trap("missing-head", "mixtral", without("lm_head")),
+    "no head in a GLM": Trap("missing-head", "glm4_moe", without("lm_head")),
     "NaN": Trap("not-finite", "mixtral", filled("layers.1.block_sparse_moe.experts.3.w2", torch.nan, 5, 7)),
     "infinity": Trap("not-finite", "granitemoe", filled("norm", -torch.inf, 3)),
     "correction bias is NaN": Trap("not-finite", "glm4_moe", filled(CORRECTION, torch.nan, 1)),
@@ -524,6 +600,61 @@ def test_what_is_made_here_is_refused_by_the_rules_name(make: Callable[..., Path
         refuse_errors(folder)
 
 
+def test_experts_may_join_and_leave_whatever_an_engine_makes_of_the_rest(make: Callable[..., Path]) -> None:
+    folder = make("olmoe", norm_topk_prob=True)
+    assert refuse_faulty(folder) == {"ignored-renormalisation"}
+    refuse_errors(folder, but=refuse_faulty(folder))
+    without("layers.1.input_layernorm")(folder)
+    with pytest.raises(InputError, match=r"wrong already \(missing-tensors"):
+        refuse_faulty(folder)
+
+
+def test_the_layers_of_a_longer_model_are_kept(make: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make("mixtral", num_hidden_layers=3)
+    set_fields(folder, num_hidden_layers=2)
+    repair(folder, lint(folder), tmp_path / "repaired")
+    assert json.loads((tmp_path / "repaired" / "config.json").read_text())["num_hidden_layers"] == 3
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "repaired"))
+    assert before.keys() == after.keys()
+
+
+def test_a_layer_that_predicts_further_tokens_is_clean(make: Callable[..., Path]) -> None:
+    folder = make("glm4_moe")
+    predicting(4)(folder)
+    assert lint(folder) == []
+
+
+def test_the_config_of_quantised_weights_is_checked_and_mended(make: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make("mixtral")
+    packed(torch.uint16)(folder)
+    set_fields(folder, architectures=["LlamaForCausalLM"], num_experts_per_tok=5)
+    findings = lint(folder)
+    assert {finding.rule for finding in findings} == {"quantised", "architectures", "impossible-choice"}
+    assert [finding.affects for finding in findings if finding.rule == "quantised"] == [()]
+    repair(folder, findings, tmp_path / "repaired")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "repaired"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert rules(tmp_path / "repaired") == {"quantised", "impossible-choice"}
+
+
+def test_findings_name_what_is_in_the_file(make: Callable[..., Path]) -> None:
+    folder = make("qwen3_moe")
+    (field,) = {"num_experts", "num_local_experts"} & json.loads((folder / "config.json").read_text()).keys()
+    set_fields(folder, drop=(), **{field: 6})
+    assert [finding.where for finding in lint(folder)] == [(field,)]
+    set_fields(folder, drop=(), num_experts_per_tok=5, **{field: 4})
+    (finding,) = lint(folder)
+    assert finding.where == ("num_experts_per_tok",)
+
+
+def test_one_is_not_several(make: Callable[..., Path]) -> None:
+    folder = make("mixtral")
+    without("layers.1.block_sparse_moe.experts.2.w1")(folder)
+    (finding,) = lint(folder)
+    assert finding.what == "1 tensor of the model is not stored."
+
+
 def test_dense_models_and_empty_folders_are_refused(make: Callable[..., Path], tmp_path: Path) -> None:
     folder = make("mixtral")
     set_fields(folder, drop=["num_local_experts"])
@@ -534,10 +665,10 @@ def test_dense_models_and_empty_folders_are_refused(make: Callable[..., Path], t
 
 
 def test_several_troubles_are_mended_at_once(make: Callable[..., Path], tmp_path: Path) -> None:
-    folder = make("qwen2_moe", qkv_bias=False, shared_expert_intermediate_size=0, tie_word_embeddings=True)
-    set_fields(folder, tie_word_embeddings=False, architectures=["LlamaForCausalLM"])
+    folder = make("qwen2_moe", qkv_bias=False, shared_expert_intermediate_size=0)
+    set_fields(folder, architectures=["LlamaForCausalLM"])
     findings = lint(folder)
-    troubles = {"architectures", "missing-qkv-biases", "empty-tensors", "missing-head"}
+    troubles = {"architectures", "missing-qkv-biases", "empty-tensors"}
     assert {finding.rule for finding in findings} == troubles
     assert findings == sorted(findings, key=lambda finding: finding.severity)
     repair(folder, findings, tmp_path / "repaired")

@@ -264,7 +264,10 @@ def test_rows_are_as_long_as_the_others_and_the_same_every_time(
     mixtral: tuple[Family, Artifact, Artifact], tmp_path: Path, start: str
 ) -> None:
     _, moe, law = mixtral
-    tokens = {"law": write_tokens(tmp_path / "law", np.random.default_rng(0).integers(0, 100, 3000))}
+    tokens = {
+        name: write_tokens(tmp_path / name, np.random.default_rng(0).integers(low, low + 100, 3000))
+        for name, low in (("law", 0), ("code", 100))
+    }
     first = run(moe, law, tmp_path / "first", tokens, router={"type": start})
     torch.manual_seed(99)
     assert first == run(moe, law, tmp_path / "second", tokens, router={"type": start})
@@ -325,19 +328,39 @@ def test_rows_from_text_send_the_domain_to_its_expert_and_others_elsewhere(
     assert max(shares[1] + shares[2]) < 0.3
 
 
-def test_without_other_domains_the_centroid_is_the_mean_hidden_state(
+@pytest.mark.parametrize("start", ["centroid", "domain_embedding"])
+def test_a_row_from_text_needs_another_domain(
+    mixtral: tuple[Family, Artifact, Artifact], tmp_path: Path, start: str
+) -> None:
+    _, moe, law = mixtral
+    tokens = {"law": write_tokens(tmp_path / "law", np.arange(300))}
+    with pytest.raises(InputError, match="Only tokens of law itself") as raised:
+        run(moe, law, tmp_path / "out", tokens, router={"type": start})
+    assert "another domain's tokens" in raised.value.hint
+
+
+def test_rows_of_zeros_say_nothing_of_how_long_a_row_is(
     mixtral: tuple[Family, Artifact, Artifact], tmp_path: Path
 ) -> None:
     _, moe, law = mixtral
-    ids = np.random.default_rng(0).integers(0, 320, 1024)
-    router = {"type": "centroid", "calibration_tokens": 1024}
-    run(moe, law, tmp_path / "out", {"law": write_tokens(tmp_path / "law", ids)}, router=router)
-    model, entering = load_model(moe.path), []
-    model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: entering.append(args[0].flatten(0, 1)))
-    with torch.no_grad():
-        model(torch.from_numpy(ids.reshape(4, 256)))
-    row_D = load_file(tmp_path / "out" / "model.safetensors")[LAYOUTS["mixtral"].router.format(layer=1)][3]
-    assert torch.cosine_similarity(row_D, torch.cat(entering).mean(0), dim=0) > 0.9999
+    names = [LAYOUTS["mixtral"].router.format(layer=layer) for layer in range(2)]
+
+    def with_rows(folder: str, zero: slice) -> Artifact:
+        base = artifact(Path(shutil.copytree(moe.path, tmp_path / folder)))
+        weights = load_file(base.path / "model.safetensors")
+        weights[names[1]][zero] = 0.0
+        save_file(weights, base.path / "model.safetensors", {"format": "pt"})
+        return base
+
+    run(with_rows("generalist", slice(2, 3)), law, tmp_path / "out", router={"type": "random"})
+    rows_ED = load_file(tmp_path / "out" / "model.safetensors")[names[1]]
+    torch.testing.assert_close(rows_ED[3].norm(), rows_ED[:2].norm(dim=1).mean())
+    nothing = with_rows("nothing", slice(0, 3))
+    with pytest.raises(InputError, match="All router rows of layer 1 are zero"):
+        run(nothing, law, tmp_path / "refused", router={"type": "random"})
+    for start in ("zero", "mean"):
+        run(nothing, law, tmp_path / start, router={"type": start})
+        assert not load_file(tmp_path / start / "model.safetensors")[names[1]].any()
 
 
 def test_a_row_from_text_needs_the_domains_tokens(mixtral: tuple[Family, Artifact, Artifact], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Removing: experts go with their router rows, all others keep every byte, and what cannot be served is refused."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -265,6 +266,26 @@ def test_bfloat16_and_what_no_layout_knows_beside_the_experts_stay(tokenizer: Pa
     router = LAYOUTS["mixtral"].router.format(layer=0)
     assert after[router].dtype == torch.bfloat16
     assert torch.equal(after[router], weights[router][1:])
+
+
+def test_what_only_an_engine_gets_wrong_does_not_keep_experts(tokenizer: Path, tmp_path: Path) -> None:
+    """vLLM never renormalises OLMoE's gates: the checkpoint is as wrong there with an expert less."""
+    moe = write_moe(tmp_path / "moe", "olmoe", tokenizer, norm_topk_prob=True)
+    assert run(moe, tmp_path / "out", experts=[0])["num_experts"] == len(NAMES) - 1
+    weights = load_file(moe.path / "model.safetensors")
+    del weights["model.layers.1.input_layernorm.weight"]
+    save_file(weights, moe.path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"wrong already \(missing-tensors"):
+        run(moe, tmp_path / "broken", experts=[0])
+    assert list((tmp_path / "broken").iterdir()) == []
+
+
+def test_a_count_that_is_no_number_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    moe = write_moe(tmp_path / "moe", "mixtral", tokenizer)
+    config = moe.path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_local_experts": "three"}))
+    with pytest.raises(InputError, match="no number of experts"):
+        run(moe, tmp_path / "out", experts=[0])
 
 
 def test_broken_and_dense_models_are_refused(tokenizer: Path, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def context_of(config: MixConfig, models: Mapping[str, Path], tokens: Mapping[st
         layers=LAYERS,
         hidden=HIDDEN,
         longest=512,
+        unknown_ids=range(320, 320),
         folders=models,
         models={name: StoredWeights(folder) for name, folder in models.items()},
         tokens=tokens,
@@ -130,6 +131,13 @@ def test_text_goes_to_the_expert_of_its_domain(router: str, models: dict[str, Pa
         assert 0.7 < torch.cat(logits[layer])[:, :3].std() < 1.4
 
 
+def test_spread_scales_the_rows_of_centroids(models: dict[str, Path], tokens: dict[str, Path]) -> None:
+    configs = [config_of("centroid", router={"type": "centroid", "spread": spread}) for spread in (1.0, 3.0)]
+    one, three = (router_weights(config.router, context_of(config, models, tokens))[0] for config in configs)
+    assert one.abs().max() > 0
+    torch.testing.assert_close(three, 3 * one)
+
+
 def test_embeddings_are_the_seeds_last_hidden_states(models: dict[str, Path], tokens: dict[str, Path]) -> None:
     config = config_of("domain_embedding", router={"calibration_tokens": 256})
     context = context_of(config, models, tokens)
@@ -137,11 +145,12 @@ def test_embeddings_are_the_seeds_last_hidden_states(models: dict[str, Path], to
     seed = load_model(models["seed"])
     with torch.no_grad():
         embeddings = [
-            seed.model(windows_NS).last_hidden_state[0].double().mean(0) for windows_NS in context.windows(256).values()
+            seed.model(windows_NS).last_hidden_state[0].double().mean(0)
+            for windows_NS in context.windows(256)[0].values()
         ]
     centred_ND = torch.stack(embeddings) - torch.stack(embeddings).mean(0)
     for layer in range(LAYERS):
-        seen = [entering(models["seed"], ids)[layer].double() for ids in context.windows(256).values()]
+        seen = [entering(models["seed"], ids)[layer].double() for ids in context.windows(256)[0].values()]
         common_D = torch.stack([x_TD.mean(0) for x_TD in seen]).mean(0)
         for expert, row_D in enumerate(weights_LED[layer, :3].double()):
             assert abs(float(row_D @ common_D)) < 1e-5 * float(row_D.norm() * common_D.norm())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -258,3 +259,40 @@ def test_pieces_with_scores_are_compared_by_their_order(models: dict[str, Path],
     assert common.vocabulary.tokens == {"seed": 2, "more": 4}
     with pytest.raises(InputError, match="pieces have other scores"):
         check_same_kind(seed, {"more": as_pieces(tmp_path / "other", "b", first=-3.0)}, unify_vocabulary=True)
+
+
+@pytest.mark.parametrize("router", ["centroid", "domain_embedding"])
+def test_text_with_tokens_that_the_seed_lacks_starts_no_router(
+    models: dict[str, Path], tmp_path: Path, router: str
+) -> None:
+    """Whether the seed has no rows for them (`wide`), or padding in their place (`chat`)."""
+    ids = np.random.default_rng(0).integers(KNOWN, size=8 * 256).astype(np.uint16)
+    chatting = ids.copy()
+    chatting[[300, 1030, 1040]] = KNOWN + 1
+    everywhere = ids.copy()
+    everywhere[::256] = KNOWN + 1
+    texts = {"one": ids, "two": chatting, "three": everywhere}
+    tokens = {}
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "train.npy", text)
+        np.save(tmp_path / name / "train_documents.npy", np.zeros(1, dtype=np.int64))
+        tokens[name] = Artifact(tmp_path / name, "tokens", name)
+
+    def started(out: str, *names: str) -> dict[str, Any]:
+        (tmp_path / out).mkdir()
+        config = {"router": {"type": router, "calibration_tokens": 2048}, "unify_vocabulary": True}
+        branches = {name: Artifact(models["wide" if name == "one" else "chat"], "branch", name) for name in names}
+        job = Job(out=tmp_path / out, scratch=tmp_path)
+        seed = Artifact(models["old"], "seed", "0")
+        return mix(MixConfig.model_validate(config), seed=seed, branches=branches, tokens=tokens, job=job)
+
+    assert started("some", "one", "two")["windows_left_out"] == {"two": 2}
+    load_model(tmp_path / "some")
+    with pytest.raises(InputError, match="All text of three that the router is to start from") as raised:
+        started("none", "one", "three")
+    assert "prompts" in raised.value.hint
+    (tmp_path / "one" / "train.npy").unlink()
+    np.save(tmp_path / "one" / "train.npy", np.full(600, 352, dtype=np.uint16))
+    with pytest.raises(InputError, match="Token id 352 is beyond"):
+        started("beyond", "one", "two")

@@ -5,14 +5,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from moestro.artifacts.digested import PART_BYTES
 from moestro.errors import InputError
 from moestro.models.files import INDEX, WEIGHTS, check_safetensors, weight_files
+from moestro.models.finiteness import is_finite
 from moestro.models.weights import CODES, DTYPES, NewTensor, StoredWeights, write_weights
 
 
@@ -66,7 +69,7 @@ def test_all_types_lie_in_the_librarys_order(tmp_path: Path) -> None:
         f"{number}": torch.arange(12).to(torch.uint8).view(dtype) if dtype is not torch.bool else torch.ones(3).bool()
         for number, dtype in enumerate(DTYPES.values())
         if dtype.itemsize <= 4
-    } | {"wide": torch.arange(3), "wider": torch.arange(3).double()}
+    } | {"wide": torch.arange(3), "wider": torch.arange(3).double(), "no sign": torch.arange(3).to(torch.uint64)}
     assert {tensor.dtype for tensor in tensors.values()} == set(CODES)
     written = write(tmp_path / "made", {name: made(tensor) for name, tensor in tensors.items()})
     save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
@@ -140,6 +143,54 @@ def test_an_unknown_type_is_named(tmp_path: Path) -> None:
 def test_a_tensor_other_than_announced_is_refused(wrong: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"router came (as|with)"):
         write(tmp_path / "out", {"router": NewTensor(torch.float32, (3, 4), lambda: iter((wrong,)))})
+
+
+FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_is_not_finite_is_told_from_bytes(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(1000, generator=generator, dtype=torch.float64)
+    numbers[:4] = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, 0.0, -0.0], dtype=torch.float64)
+
+    def told(numbers: torch.Tensor) -> bool:
+        array: Any = numbers.to(dtype).view(torch.uint8).numpy()
+        return is_finite(memoryview(array), dtype)
+
+    assert told(numbers)
+    assert told(numbers[:0])
+    assert told(-numbers.abs())
+    for value in (float("nan"), *((float("inf"), -float("inf")) if dtype != torch.float8_e4m3fn else ())):
+        for sign in (1, -1):
+            broken = numbers.clone()
+            broken[-1] = sign * value
+            assert not told(broken), value
+            assert not told(broken.abs()), value
+            assert not told(-broken.abs()), value
+    for other in (torch.int32, torch.uint8):
+        assert is_finite(memoryview(b"\xff" * 16), other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_of_finite_weights_refuse_others_wherever_they_lie(dtype: torch.dtype, tmp_path: Path) -> None:
+    """In the first or the last entry, or around the end of a part; and the last tensor begins within one."""
+    source = tmp_path / "source"
+    source.mkdir()
+    count = 3 * PART_BYTES // dtype.itemsize // 2 + 1
+    weights = {"a": torch.ones(count, dtype=dtype), "b": torch.ones(count, dtype=dtype), "n": torch.full((3,), -1)}
+    border = PART_BYTES // dtype.itemsize
+    for number, (name, place) in enumerate([("b", 0), ("b", count - 1), ("a", border - 40), ("a", border), ("a", 0)]):
+        save_file(weights, source / WEIGHTS, metadata={"format": "pt"})
+        tensors = {key: NewTensor.copy(item) for key, item in StoredWeights(source, finite=True).items()}
+        assert (write(tmp_path / f"{number}", tensors) / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
+        weights[name][place] = torch.nan
+        save_file(weights, source / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=f"source: {name} holds NaN or infinity"):
+            write(tmp_path / f"{number} bad", tensors)
+        excepted = {key: NewTensor.copy(item) for key, item in StoredWeights(source, finite=True, but=[name]).items()}
+        write(tmp_path / f"{number} excepted", excepted)
+        weights[name][place] = 1.0
 
 
 def test_progress_counts_bytes(source: Path, tmp_path: Path) -> None:

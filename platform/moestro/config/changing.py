@@ -15,7 +15,10 @@ ExpertName = Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]
 
 
 class CentroidRow(Config):
-    """The domain's mean hidden state before each layer's experts, set off from those of the other domains handed in."""
+    """The domain's mean hidden state before each layer's experts, set off from those of the other domains handed in.
+
+    It needs at least one of those.
+    """
 
     type: Literal["centroid"] = "centroid"
     calibration_tokens: int = Field(8192, ge=256)
@@ -23,7 +26,10 @@ class CentroidRow(Config):
 
 
 class DomainEmbeddingRow(Config):
-    """The domain's mean last hidden state, less that of all domains handed in, as the row in every layer (FlexOlmo)."""
+    """The domain's mean last hidden state, less that of all domains handed in, as the row in every layer (FlexOlmo).
+
+    It needs at least two of those.
+    """
 
     type: Literal["domain_embedding"] = "domain_embedding"
     calibration_tokens: int = Field(8192, ge=256)
@@ -62,7 +68,8 @@ class AppendConfig(Config):
     domain: DomainName
     """The domain: names the expert, and the tokens that a router row starts from."""
     router: RowConfig = CentroidRow()
-    """How the expert's router row starts. All but `zero` are scaled to the mean norm of the rows that are there."""
+    """How the expert's router row starts. All but `zero` are scaled to the mean norm of the rows that are there and
+    not zero."""
     output_scale: float | None = Field(None, gt=0)
     """Factor of the expert's output; none: 1, and beside a shared expert 1/2, as the mix stage has it."""
     max_shard_bytes: int = Field(MAX_SHARD_BYTES, ge=1)

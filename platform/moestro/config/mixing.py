@@ -78,7 +78,10 @@ class RestConfig(Config):
 
 
 class ZeroRouter(Config):
-    """All logits zero: with identical experts the result is the dense model, bit for bit."""
+    """All logits zero: with identical experts the result is the dense model.
+
+    Bit for bit, where the number chosen per token is a power of two: gates of 1/3 do not add up to 1 exactly.
+    """
 
     type: Literal["zero"] = "zero"
 
@@ -173,7 +176,7 @@ class MixConfig(Config):
     router: RouterConfig = CentroidRouter()
     """How the router starts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type the weights are stored in; `auto`: the seed's."""
+    """Type the weights are stored in; `auto`: the seed's, and float32 where that is float64, which no engine serves."""
     unify_vocabulary: bool = False
     """Accept models of which one's vocabulary only adds tokens to another's, or is padded further: the largest becomes
     everyone's, and its special tokens, chat template and generation config with it. A row of embedding and head is

@@ -6,8 +6,8 @@ its weights; no model is ever in memory. A rule is a few lines in `rules`, one f
 What is said about the engines was measured with transformers 5.19 and vLLM 0.30 on CPU.
 """
 
-from moestro.linting.lint import lint, refuse_errors, repair
+from moestro.linting.lint import lint, refuse_errors, refuse_faulty, repair
 from moestro.linting.rule import ENGINES, Engine, Finding, Rule
 from moestro.linting.rules import RULES
 
-__all__ = ["ENGINES", "RULES", "Engine", "Finding", "Rule", "lint", "refuse_errors", "repair"]
+__all__ = ["ENGINES", "RULES", "Engine", "Finding", "Rule", "lint", "refuse_errors", "refuse_faulty", "repair"]

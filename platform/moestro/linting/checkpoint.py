@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ from moestro.data.tokenizer import load_tokenizer
 from moestro.errors import InputError
 from moestro.linting.scan import Scan, scan
 from moestro.linting.spelling import canonical
-from moestro.models.checkpoint import meta_model, parse_config
+from moestro.models.checkpoint import UNUSABLE, is_quantised, meta_model, parse_config
 from moestro.models.files import GENERATION_CONFIG, ORIGINS, TOKENIZERS, read_config, read_json
 from moestro.models.layouts import LAYOUTS, Layout
 from moestro.models.weights import StoredTensor, StoredWeights
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Config fields with the number of layers behind the last one that predict further tokens."""
+PREDICTING_PART = "eh_proj.weight"
+"""What such a layer has and no other."""
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,11 @@ class Checkpoint:
         self.layout: Layout | None = LAYOUTS.get(self.model_type)
 
     @property
+    def quantised(self) -> bool:
+        """Whether the config describes quantised weights, whose names and shapes are not those of the model."""
+        return is_quantised(self.parsed)
+
+    @property
     def own(self) -> Layout:
         """The layout, for rules that are run only where there is one."""
         assert self.layout is not None
@@ -73,7 +84,8 @@ class Checkpoint:
 
     @cached_property
     def _canonical(self) -> tuple[dict[str, StoredTensor], dict[str, tuple[str, ...]]]:
-        return canonical(self.stored, self.layout) if self.layout else (dict(self.stored), {})
+        known = self.layout if not self.quantised else None
+        return canonical(self.stored, known) if known else (dict(self.stored), {})
 
     @property
     def weights(self) -> dict[str, StoredTensor]:
@@ -86,12 +98,60 @@ class Checkpoint:
         return self._canonical[1]
 
     @cached_property
+    def layers(self) -> dict[int, set[str]]:
+        """The parts that are stored of each layer, by its number."""
+        found: dict[int, set[str]] = {}
+        for name in self.weights:
+            if match := _LAYER.fullmatch(name):
+                found.setdefault(int(match[1]), set()).add(match[2])
+        return found
+
+    @cached_property
+    def predicting_layers(self) -> frozenset[int]:
+        """Stored layers behind the last one that predict further tokens, as the config declares them."""
+        last = int(self.text.num_hidden_layers)
+        declared = [getattr(self.text, field, 0) for field in PREDICTING]
+        count = max(value if isinstance(value, int) else 0 for value in declared)
+        numbers = self.layers.keys() & set(range(last, last + count))
+        return frozenset(number for number in numbers if not self.layout or PREDICTING_PART in self.layers[number])
+
+    @cached_property
+    def layers_behind(self) -> frozenset[int]:
+        """Stored layers that the config does not count and does not declare to predict further tokens."""
+        last = int(self.text.num_hidden_layers)
+        return frozenset(number for number in self.layers if number >= last) - self.predicting_layers
+
+    @cached_property
+    def _of_all_layers(self) -> dict[str, tuple[int, ...]] | None:
+        """What is expected were all stored layers the model's; None if they do not make up a whole one."""
+        if self.layers.keys() != set(range(len(self.layers))) or self.predicting_layers:
+            return None
+        try:
+            config = type(self.config).from_dict(with_layers(self.parsed, len(self.layers)))
+            expected = self._expected(config)
+        except (InputError, *UNUSABLE):
+            return None
+        missing = {name for name, shape in expected.items() if prod(shape)} - self.weights.keys()
+        places = [match for name in missing if not name.endswith("bias") and (match := _LAYER.fullmatch(name))]
+        return None if any(int(match[1]) in self.layers_behind for match in places) else expected
+
+    @property
+    def layers_to_count(self) -> int | None:
+        """How many layers are stored, if they are more than the config counts and make up a whole model."""
+        return len(self.layers) if self.layers_behind and self._of_all_layers else None
+
+    @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor transformers would save of the model, were the sizes those of what is stored.
 
         Raises `InputError` if transformers cannot build one.
         """
-        config = copy.deepcopy(self.config)
+        told = self._expected(self.config)
+        longer = self._of_all_layers if not self.quantised and self.layers_behind else None
+        return longer or told
+
+    def _expected(self, config: Any) -> dict[str, tuple[int, ...]]:
+        config = copy.deepcopy(config)
         text = config.get_text_config()
         for field, value in self.stored_sizes.items():
             setattr(text, field, value)
@@ -105,7 +165,9 @@ class Checkpoint:
     @cached_property
     def stored_sizes(self) -> dict[str, int]:
         """Config fields whose value the stored tensors tell without doubt."""
-        sizes = {}
+        sizes: dict[str, int] = {}
+        if self.quantised:
+            return sizes
         if EMBEDDING in self.weights and len(self.weights[EMBEDDING].shape) == 2:
             sizes["vocab_size"] = self.weights[EMBEDDING].shape[0]
         if self.layout and self.experts.num_experts:
@@ -118,11 +180,13 @@ class Checkpoint:
     def experts(self) -> ExpertSizes:
         """Number and width of the stored experts."""
         layout, counts, widths = self.own, set(), set()
+        if self.quantised:
+            return ExpertSizes(None, frozenset())
         template = layout.experts.get("gate_up_proj") or layout.experts["gate_proj"]
         found: dict[str, set[int]] = {}
-        for name, match in _matches(template, self.weights):
+        for name, match in matches(template, self.weights):
             shape = self.weights[name].shape
-            if len(shape) != (3 if layout.fused else 2):
+            if len(shape) != (3 if layout.fused else 2) or int(match["layer"]) in self.predicting_layers:
                 continue
             found.setdefault(match["layer"], set()).update(range(shape[0]) if layout.fused else {int(match["expert"])})
             widths.add(shape[1] // 2 if layout.fused else shape[0])
@@ -135,7 +199,7 @@ class Checkpoint:
     @cached_property
     def sparse_layers(self) -> list[int]:
         """Layers that have a router, by the config."""
-        return sorted(int(match["layer"]) for _, match in _matches(self.own.router, self.expected))
+        return sorted(int(match["layer"]) for _, match in matches(self.own.router, self.expected))
 
     @cached_property
     def num_experts(self) -> int:
@@ -171,7 +235,17 @@ class Checkpoint:
         return {part: self.weights[name] for part, name in names.items() if name in self.weights}
 
 
-def _matches(template: str, names: Mapping[str, Any]) -> list[tuple[str, re.Match[str]]]:
+def with_layers(parsed: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A parsed config.json with `count` layers, all of one kind where it lists their kinds and these agree."""
+    changed = {**parsed, "num_hidden_layers": count}
+    for field, kinds in parsed.items():
+        if field.endswith("layer_types") and isinstance(kinds, list) and kinds and kinds == kinds[:1] * len(kinds):
+            changed[field] = kinds[:1] * count
+    return changed
+
+
+def matches(template: str, names: Mapping[str, Any]) -> list[tuple[str, re.Match[str]]]:
+    """The names that a template of `{layer}` and `{expert}` stands for, with both numbers."""
     pattern = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
     return [(name, match) for name in names if (match := re.fullmatch(pattern, name))]
 

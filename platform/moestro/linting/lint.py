@@ -3,12 +3,12 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from moestro.artifacts import RECORD_NAME, disk_space_errors, sync
 from moestro.errors import InputError
-from moestro.linting.checkpoint import Checkpoint
+from moestro.linting.checkpoint import Checkpoint, refused
 from moestro.linting.draft import Draft
 from moestro.linting.rule import Engine, Finding
 from moestro.linting.rules import RULES
@@ -37,7 +37,8 @@ def lint(
     `costly` only rules on config and headers are run. `progress` is told bytes of weights read, and
     bytes in all. Raises `InputError` if there is no config.json, or it is a dense model's.
     """
-    if not routed_experts(read_config(folder)):
+    parsed = read_config(folder)
+    if not refused(lambda: routed_experts(parsed)) and not routed_experts(parsed):
         raise InputError(
             f"{folder} is a dense model, or none that says how many experts it has.",
             hint="lint checks Mixture-of-Experts.",
@@ -55,15 +56,39 @@ def lint(
     return sorted(kept, key=lambda item: item.severity)
 
 
-def refuse_errors(folder: Path) -> None:
-    """Raise `InputError` naming the rule if a checkpoint made here has an error that config and headers show."""
-    for finding in lint(folder, costly=False):
-        if finding.severity == "error":
-            raise InputError(
-                f"The checkpoint would be wrong ({finding.rule}): {finding.what} "
-                f"transformers: {finding.transformers} vLLM: {finding.vllm}",
-                hint=finding.remedy,
-            )
+def refuse_errors(folder: Path, *, but: Collection[str] = ()) -> None:
+    """Raise `InputError` naming the rule if a checkpoint made here has an error that config and headers show.
+
+    `but` names rules that found an error in what it was made from, which the work did not add.
+    """
+    for finding in _errors(folder):
+        if finding.rule in but:
+            continue
+        raise InputError(f"The checkpoint would be wrong ({_told(finding)}", hint=finding.remedy)
+
+
+def refuse_faulty(folder: Path) -> frozenset[str]:
+    """Raise `InputError` naming the rule if the tensors of a given checkpoint are not those of its config.
+
+    Config and headers are looked at. Returns the names of the rules that found another error: one of an engine, which
+    experts may join or leave all the same.
+    """
+    errors = list(_errors(folder))
+    for finding in errors:
+        if not RULES[finding.rule].structural:
+            continue
+        mend = f"`moestro lint {folder} --fix --out FOLDER` writes a mended copy."
+        hint = mend if finding.fixable else finding.remedy
+        raise InputError(f"{folder} is wrong already ({_told(finding)}", hint=hint)
+    return frozenset(finding.rule for finding in errors)
+
+
+def _errors(folder: Path) -> Iterator[Finding]:
+    return (finding for finding in lint(folder, costly=False) if finding.severity == "error")
+
+
+def _told(finding: Finding) -> str:
+    return f"{finding.rule}): {finding.what} transformers: {finding.transformers} vLLM: {finding.vllm}"
 
 
 def repair(folder: Path, findings: Sequence[Finding], out: Path, *, progress: Progress = _silent) -> None:

@@ -60,14 +60,24 @@ class Rule:
     """Whether it reads more than config and headers: weights, or the tokenizer."""
     any_architecture: bool = False
     """Whether it needs no layout."""
+    of_quantised: bool = False
+    """Whether it holds for quantised weights too, because it looks at none of their names, shapes and numbers."""
+    structural: bool = False
+    """Whether its errors say that the tensors are not those of the config: then experts can neither join nor leave."""
     final: bool = False
     """Whether no other rule can be run once it found something."""
 
     def findings(self, checkpoint: Checkpoint) -> list[Finding]:
         """What it finds."""
-        if checkpoint.layout is None and not self.any_architecture:
+        unknown = checkpoint.layout is None and not self.any_architecture
+        if unknown or (checkpoint.quantised and not self.of_quantised):
             return []
         return [Finding(rule=self.name, severity=self.severity, **vars(trouble)) for trouble in self.check(checkpoint)]
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """How many there are, with the words for one or for several."""
+    return f"{number} {one if number == 1 else many}"
 
 
 def some(names: Iterable[str]) -> tuple[str, ...]:

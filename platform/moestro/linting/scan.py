@@ -57,7 +57,9 @@ def blocks(tensor: StoredTensor) -> Iterator[Tensor]:
 
 
 def _computable(block: Tensor) -> Tensor:
-    return block.float() if block.dtype.itemsize == 1 and block.dtype.is_floating_point else block
+    """torch has no least and greatest entry for 8-bit floats, nor for unsigned integers but bytes."""
+    small = block.dtype.itemsize == 1 and block.dtype.is_floating_point
+    return block.float() if small or block.dtype in {torch.uint16, torch.uint32, torch.uint64} else block
 
 
 def same(one: StoredTensor, other: StoredTensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from moestro.artifacts import Artifact, Job
 from moestro.config import AppendConfig
 from moestro.errors import InputError
+from moestro.linting import refuse_errors, refuse_faulty
 from moestro.mixing.existing import AddedExpert, ExistingMoe
 from moestro.mixing.experts import projection
 from moestro.mixing.joining import check_joins
@@ -35,13 +36,15 @@ def append(
     `tokens` (by domain) are read by rows that start from text: the new domain's, and those of domains that it is to
     be told apart from. A narrower network is padded with zeros, which changes nothing of what it computes.
     Result: expert, expert_ids (per layer the new number of each old one), experts (per layer), num_experts,
-    num_experts_per_tok, padded_features, router, parameters, active_parameters, size_bytes.
+    num_experts_per_tok, dropped_layers (numbers of the layers behind the last one, left out), padded_features,
+    router, parameters, active_parameters, size_bytes.
     Raises `InputError` if the branch is of another kind than the model, or the model cannot take another expert.
     """
     moe = ExistingMoe.open(model.path)
+    known = refuse_faulty(model.path)
     _check_place(config, moe)
     check_joins(moe, branch.path)
-    weights = StoredWeights(branch.path)
+    weights = StoredWeights(branch.path, finite=True)
     job.reporter.progress(0, 1, f"router: {config.router.type}")
     routers_LED = torch.stack([moe.router(layer) for layer in moe.layers])
     folders = {name: artifact.path for name, artifact in tokens.items()}
@@ -52,6 +55,7 @@ def append(
     }
     tensors, origins = moe.changed(kept, added), [[*names, config.domain] for names in moe.origins]
     moe.write(job, tensors, origins, max_shard_bytes=config.max_shard_bytes)
+    refuse_errors(job.out, but=known)
     num_experts = moe.num_experts + 1
     return {
         "expert": config.domain,
@@ -59,6 +63,7 @@ def append(
         "experts": origins,
         "num_experts": num_experts,
         "num_experts_per_tok": moe.num_experts_per_tok,
+        "dropped_layers": list(moe.draft_layers),
         "padded_features": moe.expert_width - min(_width(weights, layer) for layer in moe.layers),
         "router": config.router.type,
         **moe.parameter_counts(tensors, num_experts),
@@ -88,9 +93,11 @@ def _expert(config: AppendConfig, moe: ExistingMoe, weights: StoredWeights, laye
         for name in PROJECTIONS
     }
     # The bias decides the choice alone. It has drifted with the others' loads: at their mean, scores compare as they
-    # do for an average expert; at zero, the new one would be chosen by far too often or never.
+    # do for an average expert; at zero, the new one would be chosen by far too often or never. One of minus infinity
+    # takes its expert out of the choice, and is no drift.
     bias_E = moe.correction_bias(layer)
-    return AddedExpert(made, row_D, 0.0 if bias_E is None else float(bias_E.double().mean()))
+    chosen = torch.zeros(0) if bias_E is None else bias_E.double()[bias_E.isfinite()]
+    return AddedExpert(made, row_D, float(chosen.mean()) if len(chosen) else 0.0)
 
 
 def _width(weights: StoredWeights, layer: int) -> int:

@@ -1,11 +1,14 @@
 """A Mixture-of-Experts checkpoint as it lies in its folder, and what becomes of it when its experts change.
 
 Whatever is no layer's router, correction bias or routed expert is copied byte for byte. So is every expert and router
-row that stays: in a layout that keeps all experts of a layer in one tensor, its slice of that tensor.
+row that stays: in a layout that keeps all experts of a layer in one tensor, its slice of that tensor. Layers behind
+the last one (GLM-4.5's draft layer for predicting several tokens) have experts of their own; transformers reads none
+of them and no branch has them: they are left out. What is copied must be finite.
 E experts, D hidden, F intermediate.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -24,6 +27,9 @@ from moestro.models.weights import NewTensor, StoredTensor, StoredWeights, write
 
 UNKNOWN = ""
 """Origin of an expert of a checkpoint that does not say what its experts were made from."""
+DRAFT_LAYERS = {"num_nextn_predict_layers", "num_mtp_layers"}
+"""Config fields with the number of layers behind the last one."""
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 BLOCK_DEPTH = 4
 """Parts of a name that lead to a layer's sparse block: model, layers, number, block."""
 
@@ -53,6 +59,8 @@ class ExistingMoe:
     weights: StoredWeights
     layers: tuple[int, ...]
     """Numbers of the layers that have experts."""
+    draft_layers: tuple[int, ...]
+    """Numbers of the layers behind the last one, which the changed checkpoint does without."""
     origins: tuple[tuple[str, ...], ...]
     """What each expert was made from, for each of these layers."""
 
@@ -66,10 +74,14 @@ class ExistingMoe:
         stored = check_folder(folder, tokenizer=True)
         if not routed_experts(stored):
             raise InputError(f"{folder} is a dense model, it has no experts to change.", hint="Mix it first.")
-        layout, config, weights = layout_of(stored), load_config(folder, stored), StoredWeights(folder)
+        layout, config = layout_of(stored), load_config(folder, stored)
         candidates = range(config.num_hidden_layers)
+        # A bias of minus infinity takes its expert out of the choice.
+        biases = [layout.correction_bias.format(layer=layer) for layer in candidates] if layout.correction_bias else []
+        weights = StoredWeights(folder, finite=True, but=biases)
         layers = tuple(layer for layer in candidates if layout.router.format(layer=layer) in weights)
-        moe = cls(folder, stored, config, layout, weights, layers, origins=())
+        behind = {number for name in weights if (number := _layer(name)) is not None and number not in candidates}
+        moe = cls(folder, stored, config, layout, weights, layers, tuple(sorted(behind)), origins=())
         if misfits := list(_misfits(moe)):
             raise InputError(
                 f"{folder} does not keep its experts as a {layout.model_type} checkpoint does: {misfits[0]}.",
@@ -127,7 +139,11 @@ class ExistingMoe:
         Both by layer; `kept` by number. Nothing is read yet.
         """
         replaced = {name for layer in self.layers for name in _experts_and_router(self.layout, layer, self.num_experts)}
-        tensors = {name: NewTensor.copy(tensor) for name, tensor in self.weights.items() if name not in replaced}
+        tensors = {
+            name: NewTensor.copy(tensor)
+            for name, tensor in self.weights.items()
+            if name not in replaced and _layer(name) not in self.draft_layers
+        }
         for layer in self.layers:
             tensors.update(self._layer(layer, kept[layer], (added or {}).get(layer)))
         return tensors
@@ -171,7 +187,8 @@ class ExistingMoe:
         job.digests.update(digests)
         # Some classes store the number under another name than their attribute's.
         fields = {layout.num_experts for layout in LAYOUTS.values()} & self.stored.keys() or {self.layout.num_experts}
-        config = {**self.stored, **dict.fromkeys(sorted(fields), len(origins[0]))}
+        drafts = dict.fromkeys(DRAFT_LAYERS & self.stored.keys(), 0) if self.draft_layers else {}
+        config = {**self.stored, **dict.fromkeys(sorted(fields), len(origins[0])), **drafts}
         (job.out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         known = any(name != UNKNOWN for layer in origins for name in layer)
         by_layer = [list(layer) for layer in origins] if known else None
@@ -183,6 +200,12 @@ class ExistingMoe:
         expert = len(PROJECTIONS) * self.expert_width * self.config.hidden_size
         idle = len(self.layers) * (num_experts - self.num_experts_per_tok) * expert
         return {"parameters": total, "active_parameters": total - idle}
+
+
+def _layer(name: str) -> int | None:
+    """The number of the layer that a weight called `name` belongs to."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
 
 
 def _gate_above_up(expert: AddedExpert) -> Tensor:

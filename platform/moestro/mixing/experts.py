@@ -14,7 +14,7 @@ from torch import Tensor
 from moestro.errors import InputError
 from moestro.mixing.plan import ExpertPlan, Piece, Redraw
 from moestro.models.families import FEED_FORWARD, feed_forward_part
-from moestro.models.weights import NewTensor, StoredTensor, StoredWeights
+from moestro.models.weights import NewTensor, StoredTensor, StoredWeights, check_fits
 
 
 def feed_forward_width(name: str, weights: StoredWeights) -> int:
@@ -58,7 +58,8 @@ def projection(
         made = _put_together(stored, axis, shape, dtype)
         if plan.redraw:
             _draw_anew(made.narrow(axis, 0, plan.width), plan.redraw, name, layer)
-        yield made.mul_(factor).to(dtype)
+        sources = " and ".join(dict.fromkeys(piece.source for piece in plan.pieces))
+        yield check_fits(made.mul_(factor).to(dtype), f"{name} of an expert made from {sources} in layer {layer}")
 
     return NewTensor(dtype, shape, blocks)
 

@@ -10,6 +10,7 @@ from typing import Any
 from moestro.artifacts import Artifact, Job
 from moestro.config import RemoveConfig
 from moestro.errors import InputError
+from moestro.linting import refuse_errors, refuse_faulty
 from moestro.mixing.existing import UNKNOWN, ExistingMoe
 
 GROUP_SCORE_EXPERTS = 2
@@ -20,12 +21,13 @@ def remove(config: RemoveConfig, *, model: Artifact, job: Job) -> dict[str, Any]
     """Write `model` without the experts that `config` names to `job.out`.
 
     Result: removed (names or numbers as given), experts (what is left, per layer), expert_ids (per layer the new number
-    of each old one, null for those taken out), num_experts, num_experts_per_tok, parameters, active_parameters,
-    size_bytes.
+    of each old one, null for those taken out), num_experts, num_experts_per_tok, dropped_layers (numbers of the layers
+    behind the last one, left out), parameters, active_parameters, size_bytes.
     Raises `InputError` if an expert is not there, fewer than are chosen per token would remain, or layers or groups
     would lose different numbers.
     """
     moe = ExistingMoe.open(model.path)
+    known = refuse_faulty(model.path)
     removed = _removed(config, moe)
     kept = {
         layer: [expert for expert in range(moe.num_experts) if expert not in gone] for layer, gone in removed.items()
@@ -34,6 +36,7 @@ def remove(config: RemoveConfig, *, model: Artifact, job: Job) -> dict[str, Any]
     origins = [[names[expert] for expert in kept[layer]] for layer, names in zip(moe.layers, moe.origins, strict=True)]
     tensors = moe.changed(kept)
     moe.write(job, tensors, origins, max_shard_bytes=config.max_shard_bytes)
+    refuse_errors(job.out, but=known)
     num_experts = len(origins[0])
     return {
         "removed": _named(config),
@@ -41,6 +44,7 @@ def remove(config: RemoveConfig, *, model: Artifact, job: Job) -> dict[str, Any]
         "expert_ids": [_new_ids(kept[layer], moe.num_experts) for layer in moe.layers],
         "num_experts": num_experts,
         "num_experts_per_tok": moe.num_experts_per_tok,
+        "dropped_layers": list(moe.draft_layers),
         **moe.parameter_counts(tensors, num_experts),
         "size_bytes": sum(path.stat().st_size for path in job.out.glob("*.safetensors")),
     }

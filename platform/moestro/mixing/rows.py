@@ -44,11 +44,20 @@ class RowContext:
     """Folders of tokens artifacts by domain: the new one's, and those of domains that it is to be told apart from."""
 
     def read(self, calibration_tokens: int) -> dict[str, TextMoments]:
-        """What the model makes of every domain's tokens; raises `InputError` without the new domain's."""
+        """What the model makes of every domain's tokens.
+
+        Raises `InputError` without those of the new domain and of another: what sets a domain apart is not to be seen
+        in its own text, and a row without it points to what all text shares, so that nearly every token chooses it.
+        """
         if self.domain not in self.tokens:
             raise InputError(
                 f"No tokens of {self.domain} to start its router row from.",
                 hint="Hand in its tokens, or take a row that needs none: mean, zero or random.",
+            )
+        if len(self.tokens) == 1:
+            raise InputError(
+                f"Only tokens of {self.domain} itself to start its router row from: nothing says what sets it apart.",
+                hint="Hand in another domain's tokens too, or take a row that needs none: mean, zero or random.",
             )
         length = min(WINDOW, int(self.moe.config.max_position_embeddings))
         ids = {name: PackedTokens.open(folder, "train").ids for name, folder in self.tokens.items()}
@@ -60,22 +69,30 @@ class RowContext:
 
 
 def new_rows(config: RowConfig, context: RowContext) -> Tensor:
-    """The new expert's rows [L, D], each as long as the rows of its layer are on average."""
+    """The new expert's rows [L, D], each as long as the rows of its layer that are not zero are on average.
+
+    Raises `InputError` if a row is to be scaled where all are zero.
+    """
     rows_LD = ROWS[config.type](config, context)
-    norms_L1 = context.routers.norm(dim=-1).mean(dim=-1, keepdim=True)
-    return torch.nn.functional.normalize(rows_LD, dim=-1) * norms_L1
+    norms_LE = context.routers.norm(dim=-1)
+    lengths_L = norms_LE.sum(dim=-1) / (norms_LE > 0).sum(dim=-1).clamp_min(1)
+    unscaled = [layer for layer, row_D in enumerate(rows_LD) if row_D.any() and not lengths_L[layer]]
+    if unscaled:
+        raise InputError(
+            f"All router rows of layer {context.moe.layers[unscaled[0]]} are zero: nothing says how long another is.",
+            hint="Take a zero row as well (`router: {type: zero}`), or train the model's router first.",
+        )
+    return torch.nn.functional.normalize(rows_LD, dim=-1) * lengths_L[:, None]
 
 
 def _centroid(config: CentroidRow, context: RowContext) -> Tensor:
     """As the mix stage has it: with mu_d the mean of the new domain's hidden states before a layer's experts, mu that
     of all domains handed in and v the variance per feature within them, P (mu_d - mu) / v, where P takes out what is
-    along mu. Without another domain it is mu_d."""
+    along mu."""
     texts = context.read(config.calibration_tokens)
 
     def row(layer: Mapping[str, Moments]) -> Tensor:
         own_D, mean_D = layer[context.domain].mean, overall_mean(layer)
-        if len(layer) == 1:
-            return own_D
         return without_common_part(((own_D - mean_D) / variance_within(layer))[None], mean_D)[0]
 
     return _by_layer(context, texts, row)
@@ -83,14 +100,12 @@ def _centroid(config: CentroidRow, context: RowContext) -> Tensor:
 
 def _domain_embedding(config: DomainEmbeddingRow, context: RowContext) -> Tensor:
     """As the mix stage has it: with e_d the mean of the new domain's last hidden states, e that of all domains handed
-    in and mu as above, P (e_d - e). Without another domain it is e_d, in all layers."""
+    in and mu as above, P (e_d - e)."""
     texts = context.read(config.calibration_tokens)
     last = {name: text.last for name, text in texts.items()}
     own_D = last[context.domain].mean
 
     def row(layer: Mapping[str, Moments]) -> Tensor:
-        if len(layer) == 1:
-            return own_D
         return without_common_part((own_D - overall_mean(last))[None], overall_mean(layer))[0]
 
     return _by_layer(context, texts, row)

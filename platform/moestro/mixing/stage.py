@@ -23,7 +23,7 @@ from moestro.mixing.starts import router_weights
 from moestro.mixing.starts.context import StartContext
 from moestro.mixing.tensors import all_tensors, parameter_counts
 from moestro.models.checkpoint import save_config, save_files_beside, stored_dtype
-from moestro.models.compare import check_same_kind
+from moestro.models.compare import Likeness, check_same_kind
 from moestro.models.families import MoeShape, families_of, family_of
 from moestro.models.weights import StoredWeights, write_weights
 
@@ -36,7 +36,7 @@ def mix(
     Whole experts are a branch's weights, bit for bit. `tokens` (by domain) are read by routers that start from text.
     Result: parameters, active_parameters, experts, architecture, num_experts_per_tok, router, rest (per module group
     how it was merged and how much the models differed), size_bytes, and the figures of the router's start.
-    Raises `InputError` if seed and branches are not of one kind, or their architecture cannot become an MoE.
+    Raises `InputError` if they are not of one kind, cannot become an MoE, or a weight that is used is not finite.
     """
     _check_names(branches)
     paths = {} if config.copies_of_seed() else {name: branch.path for name, branch in branches.items()}
@@ -44,15 +44,15 @@ def mix(
     common = check_same_kind(seed.path, paths, unify_vocabulary=config.unify_vocabulary)
     dense = common.config
     families_of(dense.model_type)
-    models = {name: StoredWeights(folder) for name, folder in folders.items()}
+    models = {name: StoredWeights(folder, finite=True) for name, folder in folders.items()}
     plan = plan_experts(config, {name: feed_forward_width(name, weights) for name, weights in models.items()})
     shape = _shape(config, plan)
     family = family_of(dense, shape, config.target)
     moe = family.moe_config(dense, shape)
     job.reporter.progress(0, 1, f"router: {config.router.type}")
-    starting = _start_context(plan, dense, folders=folders, models=models, tokens=tokens, job=job)
+    starting = _start_context(plan, common, folders=folders, models=models, tokens=tokens, job=job)
     routers_LED, router_figures = router_weights(config.router, starting)
-    dtype = stored_dtype(seed.path) if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = _dtype(config, seed.path)
     rest = Merger(config.rest, models[SEED], {name: models[name] for name in paths}, common.vocabulary)
     tensors = all_tensors(rest, plan, shape, family, dense, models=models, routers_LED=routers_LED, dtype=dtype)
     digests = write_weights(
@@ -80,6 +80,14 @@ def mix(
     }
 
 
+def _dtype(config: MixConfig, seed: Path) -> torch.dtype:
+    """The type that weights are stored in. Double precision, which no engine serves, becomes single."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    dtype = stored_dtype(seed)
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
 def _check_names(branches: Iterable[str]) -> None:
     for name, meaning in ((SEED, "the generalist"), (BLEND, "experts made of all branches")):
         if name in branches:
@@ -88,7 +96,7 @@ def _check_names(branches: Iterable[str]) -> None:
 
 def _start_context(
     plan: MoePlan,
-    dense: Any,
+    common: Likeness,
     *,
     folders: Mapping[str, Path],
     models: Mapping[str, StoredWeights],
@@ -97,9 +105,10 @@ def _start_context(
 ) -> StartContext:
     return StartContext(
         plan=plan,
-        layers=dense.num_hidden_layers,
-        hidden=dense.hidden_size,
-        longest=dense.max_position_embeddings,
+        layers=common.config.num_hidden_layers,
+        hidden=common.config.hidden_size,
+        longest=common.config.max_position_embeddings,
+        unknown_ids=range(common.vocabulary.tokens[SEED], common.vocabulary.size),
         folders=folders,
         models=models,
         tokens={name: artifact.path for name, artifact in tokens.items()},

@@ -7,7 +7,8 @@ only warns, so every key is checked here. Nothing ever reaches for the network.
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,17 @@ from moestro.models.files import (
     read_config,
 )
 from moestro.models.layouts import routed_experts
+from moestro.models.weights import StoredWeights
 
 SHOWN = 3
 """How many keys an error lists."""
+QUANTISATION = ("quantization_config", "compression_config")
+"""Config fields that describe how weights are quantised."""
 UNUSABLE = (
     StrictDataclassError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
     AttributeError,
     ArithmeticError,
     AssertionError,
@@ -113,29 +117,38 @@ def _experts_implementation(name: str) -> str:
 
 
 def load_config(folder: Path, config: dict[str, Any]) -> Any:
-    """The transformers config object for the parsed config.json of `folder`; raises `InputError` if it is unusable."""
+    """The transformers config object for the parsed config.json of `folder`.
+
+    Raises `InputError` if it is unusable, or describes quantised weights.
+    """
+    if is_quantised(config):
+        raise InputError(
+            f"{folder / CONFIG} describes quantised weights.",
+            hint="Dequantise the checkpoint first: transformers reloads some quantised MoE with random experts.",
+        )
     loaded = parse_config(folder, config)
     meta_model(folder, loaded)
     return loaded
 
 
 def parse_config(folder: Path, config: dict[str, Any]) -> Any:
-    """As `load_config`, whether or not a model can be built of it."""
+    """As `load_config`, whether or not a model can be built of it, and its weights are quantised."""
     kind = config["model_type"]
     if kind not in CONFIG_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(
             f"{folder / CONFIG}: transformers knows no causal language model of model_type {kind!r}.",
             hint="Checkpoints that bring their own code are not supported.",
         )
-    if config.get("quantization_config"):
-        raise InputError(
-            f"{folder / CONFIG} describes quantised weights.",
-            hint="Dequantise the checkpoint first: transformers reloads some quantised MoE with random experts.",
-        )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except UNUSABLE as error:
         raise InputError(f"{folder / CONFIG} is not a valid {kind} config: {error}") from error
+
+
+def is_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json describes quantised weights, its language model's for one of several parts."""
+    parts = (config, config.get("text_config"))
+    return any(part.get(field) for part in parts if isinstance(part, dict) for field in QUANTISATION)
 
 
 def meta_model(folder: Path, config: Any) -> PreTrainedModel:
@@ -218,10 +231,21 @@ def is_moe(folder: Path) -> bool:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type the checkpoint in `folder` says its weights have (float32 if it does not say)."""
+    """The type the checkpoint in `folder` says its weights have; if it does not say, the one that most of them have."""
     config = read_config(folder)
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = config.get("dtype") or config.get("torch_dtype")
+    if not name:
+        return _most_common_dtype(StoredWeights(folder))
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"{folder / CONFIG}: {name!r} is no type of weights.", hint="Use float32 or bfloat16.")
     return dtype
+
+
+def _most_common_dtype(weights: StoredWeights) -> torch.dtype:
+    """By bytes, among types that are computed in; float32 if there are none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+            sizes[tensor.dtype] += tensor.length
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from moestro.errors import InputError
 from moestro.models.checkpoint import load_config
 from moestro.models.families import feed_forward_part
 from moestro.models.files import check_folder
 from moestro.models.vocabulary import VOCABULARY_WEIGHTS, Clash, Vocabulary, compare_vocabularies
-from moestro.models.weights import StoredWeights
+from moestro.models.weights import StoredTensor, StoredWeights
 
 SEED = "seed"
 IRRELEVANT = {
@@ -24,21 +27,31 @@ IRRELEVANT = {
     "attention_dropout",
     "initializer_range",
     "intermediate_size",
+    "max_position_embeddings",
+    "pad_token_id",
     "pretraining_tp",
     "transformers_version",
     "use_cache",
     "vocab_size",
 }
-"""Config fields that change nothing in what the model computes, and those that are judged by themselves."""
+"""Config fields that change nothing in what the model computes, and those that are judged by themselves. The result
+has the seed's; so it has of fields that its class of config does not know."""
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Config fields that go with the tokenizer."""
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Config fields that shapes follow from."""
 DTYPE = "dtype"
-KINDS = {"model_type": "architecture", DTYPE: "dtype", **dict.fromkeys(SIZES, "sizes")}
+KINDS = {
+    "model_type": "architecture",
+    DTYPE: "dtype",
+    **dict.fromkeys(SIZES, "sizes"),
+    **dict.fromkeys(SPECIAL_TOKENS, "special"),
+}
 """Config fields whose differences have a way out of their own, see `WAYS_OUT`."""
-HEAD = "lm_head.weight"
+EMBEDDING, HEAD = VOCABULARY_WEIGHTS
 BUFFER = "rotary_emb.inv_freq"
+BLOCK_BYTES = 16 << 20
+"""How much of a weight is compared at a time."""
 SHOWN = 5
 """How many differing weights an error lists per branch."""
 WAYS_OUT = {
@@ -50,6 +63,14 @@ WAYS_OUT = {
     ),
     "vocabulary": "A vocabulary that only adds rows becomes everyone's with `mix.unify_vocabulary: true`.",
     "tokenizer": "Tokens of other meaning cannot be averaged: train the branches with the seed's tokenizer.",
+    "special": (
+        "Special tokens are the seed's, or, with `mix.unify_vocabulary: true`, those of the model with the largest "
+        "vocabulary: set that, or put the seed's value back."
+    ),
+    "head": (
+        "transformers computes with the stored head: set tie_word_embeddings to false in all models, and store a head "
+        f"in each; or, where it was never meant to differ, save that checkpoint again without {HEAD}."
+    ),
     "dtype": "Save all checkpoints in one type; `mix.dtype` chooses that of the result.",
     "fields": "Retrain with the seed's settings, or, where a field was changed by hand, put the seed's value back.",
     "weights": "Weights do not fit their config.json: copy or convert those checkpoints again.",
@@ -74,6 +95,8 @@ class _Model:
     parsed: dict[str, Any]
     config: Any
     weights: Mapping[str, tuple[str, tuple[int | str, ...]]]
+    second_head: bool
+    """Whether its head is tied to the embedding, and another one is stored."""
 
     @classmethod
     def read(cls, folder: Path, seed: "_Model | None" = None) -> "_Model":
@@ -92,9 +115,23 @@ class _Model:
                 found[axis] = letter
             return tuple(found)
 
-        unused = {HEAD} if config.tie_word_embeddings else set()
-        names = [name for name in stored if name not in unused and not name.endswith(BUFFER)]
-        return cls(folder, parsed, config, {name: (stored[name].code, shape(name)) for name in names})
+        tied = config.tie_word_embeddings and HEAD in stored
+        names = [name for name in stored if not (tied and name == HEAD) and not name.endswith(BUFFER)]
+        weights = {name: (stored[name].code, shape(name)) for name in names}
+        return cls(folder, parsed, config, weights, tied and not _same_bytes(stored[HEAD], stored[EMBEDDING]))
+
+
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two matrices are of the same type, shape and bits, block by block."""
+    if (one.code, one.shape) != (other.code, other.shape):
+        return False
+    count = one.shape[0]
+    rows = max(1, BLOCK_BYTES * count // max(1, one.length))
+    starts = range(0, count, rows)
+    pairs = (
+        (one.rows(start, min(start + rows, count)), other.rows(start, min(start + rows, count))) for start in starts
+    )
+    return all(np.array_equal(a.view(torch.uint8).numpy(), b.view(torch.uint8).numpy()) for a, b in pairs)
 
 
 def check_same_kind(
@@ -143,10 +180,17 @@ class _Differences:
 
     def compare(self, name: str, model: _Model, seed: _Model) -> None:
         """Everything but the vocabulary."""
+        if model.second_head:
+            self.add("head", name, f"tie_word_embeddings is true, and it has a second head: {HEAD} is not {EMBEDDING}")
         theirs, ours = model.config.to_dict(), seed.config.to_dict()
         foreign = theirs["model_type"] != ours["model_type"]
-        both = theirs.keys() & ours.keys() if foreign else theirs.keys() | ours.keys()
-        fields = [field for field in sorted(both - self._skipped) if theirs.get(field) != ours.get(field)]
+        both = theirs.keys() & ours.keys()
+        if not foreign:
+            both = (theirs.keys() | ours.keys()) & type(seed.config)().to_dict().keys()
+        skipped = self._skipped
+        if None in (theirs.get(DTYPE), ours.get(DTYPE)):  # the weights' own types are compared anyway
+            skipped = skipped | {DTYPE}
+        fields = [field for field in sorted(both - skipped) if theirs.get(field) != ours.get(field)]
         for field in fields:
             self.add(
                 KINDS.get(field, "fields"), name, f"{field} is {theirs.get(field)!r}, the seed's is {ours.get(field)!r}"
@@ -189,6 +233,6 @@ class _Differences:
     def refuse(self) -> None:
         if self._lines:
             raise InputError(
-                "Branches differ from the seed and cannot be mixed. " + "; ".join(self._lines) + ".",
+                "Seed and branches cannot be mixed as they are. " + "; ".join(self._lines) + ".",
                 hint=" ".join(way for kind, way in WAYS_OUT.items() if kind in self._kinds),
             )

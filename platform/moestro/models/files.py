@@ -28,16 +28,27 @@ TOKENIZER_FILES = (
     "additional_chat_templates",
 )
 HEADER_LENGTH = struct.Struct("<Q")
+LFS_POINTER = b"version https://git-lfs"
+"""How the text begins that Git keeps instead of a large file."""
 
 
 def read_json(path: Path) -> Any:
     """The JSON value in `path`; raises `InputError` if it is missing or cannot be read as JSON."""
     try:
-        return json.loads(path.read_bytes())
+        content = path.read_bytes()
+        _refuse_pointer(path, content)
+        return json.loads(content)
     except FileNotFoundError:
         raise InputError(f"{path} is missing.", hint="A checkpoint is a Hugging Face directory.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not readable JSON ({error}).", hint="Copy it again from its source.") from None
+
+
+def _refuse_pointer(path: Path, start: bytes) -> None:
+    if start.startswith(LFS_POINTER):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the file it stands for.", hint="Fetch the file: git lfs pull."
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -88,6 +99,8 @@ def check_safetensors(path: Path) -> None:
     hint = "It was cut off or damaged: copy it again from its source."
     size = path.stat().st_size
     with path.open("rb") as stream:
+        _refuse_pointer(path, stream.read(len(LFS_POINTER)))
+        stream.seek(0)
         prefix = stream.read(HEADER_LENGTH.size)
         if len(prefix) < HEADER_LENGTH.size:
             raise InputError(f"{path} is truncated: {size} bytes hold no header.", hint=hint)

@@ -127,12 +127,22 @@ LAYOUTS: dict[str, Layout] = {
 """By `model_type`. OLMoE is read and checked, never made: vLLM never renormalises its gates, whatever is configured."""
 
 
-_EXPERT_COUNTS = tuple(dict.fromkeys(layout.num_experts for layout in LAYOUTS.values()))
+EXPERT_COUNTS = tuple(dict.fromkeys(layout.num_experts for layout in LAYOUTS.values()))
+"""Config fields that hold the number of routed experts, in one architecture or another."""
 
 
 def routed_experts(config: Mapping[str, Any]) -> int:
-    """Routed experts per layer of a parsed config.json, 0 for a dense model."""
-    return next((int(config[field]) for field in _EXPERT_COUNTS if config.get(field)), 0)
+    """Routed experts per layer of a parsed config.json, 0 for a dense model.
+
+    Raises `InputError` if the field holds something else than a number of experts.
+    """
+    field = next((field for field in EXPERT_COUNTS if config.get(field)), None)
+    if field is None:
+        return 0
+    count = config[field]
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise InputError(f"{field} is {count!r} in config.json, no number of experts.", hint=f"Correct {field}.")
+    return count
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout:
@@ -141,5 +151,6 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     if kind in LAYOUTS:
         return LAYOUTS[kind]
     raise InputError(
-        f"The layout of a {kind!r} checkpoint is not known.", hint=f"Known Mixture-of-Experts: {', '.join(LAYOUTS)}."
+        f"The layout of checkpoints of model_type {kind!r} is not known.",
+        hint=f"Known Mixture-of-Experts: {', '.join(LAYOUTS)}.",
     )

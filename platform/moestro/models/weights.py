@@ -7,10 +7,9 @@ out: saving a loaded checkpoint again gives the same bytes.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from io import FileIO
-from itertools import cycle
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from moestro.artifacts import DigestedFile
 from moestro.errors import InputError
 from moestro.models.files import HEADER_LENGTH, INDEX, WEIGHTS, weight_files
+from moestro.models.finiteness import is_finite
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,29 +29,37 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-LAYOUT_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+LAYOUT_ORDER = (
+    *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
 """Order of types within a file, that of the safetensors library: widest first, so that all are aligned."""
-COPY_BYTES = 4 << 20
-"""Bytes that are copied at a time."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: where its bytes are."""
+    """A tensor in a file: where its bytes are. Reading and copying raise `InputError` for a file that was cut off."""
 
     path: Path
     code: str
     shape: tuple[int, ...]
     start: int
     length: int
+    name: str
+    finite: bool = False
+    """Whether reading and copying it also raise `InputError` for NaN and infinity."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,18 +82,32 @@ class StoredTensor:
         with self.path.open("rb", buffering=0) as stream:
             stream.seek(start)
             _fill(_bytes(buffer), stream)
+        self.check(_bytes(buffer))
         return buffer.view(self.dtype).reshape(shape)
+
+    def check(self, data: memoryview) -> None:
+        """Raise `InputError` if some of its entries, whose bytes are `data`, are not as `finite` asks for."""
+        if self.finite and not is_finite(data, self.dtype):
+            raise InputError(
+                f"{self.path.parent}: {self.name} holds NaN or infinity.",
+                hint="Go back to an earlier checkpoint, or copy this one again from its source.",
+            )
 
 
 class StoredWeights(Mapping[str, StoredTensor]):
     """All tensors of a checkpoint folder by name, known from the files' headers."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises `InputError` for a missing file or a type of weights that is not known."""
+    def __init__(self, folder: Path, *, finite: bool = False, but: Collection[str] = ()) -> None:
+        """`finite`: reading and copying raise `InputError` for NaN and infinity, except in the tensors `but`.
+
+        Raises `InputError` for a missing file or a type of weights that is not known.
+        """
         self.folder = folder
         self._tensors: dict[str, StoredTensor] = {}
         for path in weight_files(folder):
             self._tensors.update(_stored(path))
+        if finite:
+            self._tensors = {name: replace(tensor, finite=name not in but) for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> StoredTensor:
         if name not in self._tensors:
@@ -113,7 +135,7 @@ def _stored(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         if entry["dtype"] not in DTYPES:
             raise InputError(f"{path}: {name} has the unknown type {entry['dtype']}.", hint="Convert the checkpoint.")
         start, stop = entry["data_offsets"]
-        yield name, StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data + start, stop - start)
+        yield name, StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data + start, stop - start, name)
 
 
 @dataclass(frozen=True)
@@ -124,7 +146,7 @@ class NewTensor:
     shape: tuple[int, ...]
     source: StoredTensor | Callable[[], Iterator[Tensor]]
     """A stored tensor of that type whose bytes are copied unread, or a function that makes it, block by block: the
-    blocks follow one another along the first axis, and stay as they are once they are handed over."""
+    blocks follow one another along the first axis."""
 
     @property
     def size(self) -> int:
@@ -164,12 +186,11 @@ def write_weights(
     total = sum(tensor.size for tensor in tensors.values())
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(len(shards))]
     done, digests = 0, {}
-    buffers = cycle((memoryview(bytearray(COPY_BYTES)), memoryview(bytearray(COPY_BYTES))))
     for name, shard in zip(names, shards, strict=True):
         with DigestedFile(out / name) as file:
             file.write(_header(shard))
             for key, tensor in shard:
-                _write(file, key, tensor, buffers)
+                _write(file, key, tensor)
                 done += tensor.size
                 progress(done, total)
             digests[name] = file.hexdigest()
@@ -210,9 +231,9 @@ def _header(shard: list[tuple[str, NewTensor]]) -> bytes:
     return HEADER_LENGTH.pack(len(text)) + text
 
 
-def _write(file: DigestedFile, name: str, tensor: NewTensor, buffers: Iterator[memoryview]) -> None:
+def _write(file: DigestedFile, name: str, tensor: NewTensor) -> None:
     if isinstance(tensor.source, StoredTensor):
-        _copy(tensor.source, file, buffers)
+        _copy(tensor.source, file)
         return
     written = 0
     for block in tensor.source():
@@ -227,16 +248,24 @@ def _write(file: DigestedFile, name: str, tensor: NewTensor, buffers: Iterator[m
         raise ValueError(f"{name} came with {written} bytes, not {tensor.size}")
 
 
-def _copy(stored: StoredTensor, file: DigestedFile, buffers: Iterator[memoryview]) -> None:
-    """Each buffer must come round again only after another one."""
+def _copy(stored: StoredTensor, file: DigestedFile) -> None:
     with stored.path.open("rb", buffering=0) as stream:
         stream.seek(stored.start)
-        left = stored.length
-        while left:
-            view = next(buffers)[:left]
-            _fill(view, stream)
-            file.write(view)
-            left -= len(view)
+        try:
+            file.copy(stream, stored.length, inspect=stored.check)
+        except EOFError:
+            raise _too_short(stored.path) from None
+
+
+def check_fits(tensor: Tensor, what: str) -> Tensor:
+    """`tensor`, which was made of finite weights; raises `InputError` if its type is too narrow for one of its entries.
+
+    `what` says what it is, with its sources.
+    """
+    if not is_finite(_bytes(tensor.contiguous().reshape(-1).view(torch.uint8)), tensor.dtype):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{what} would hold NaN or infinity in {kind}.", hint="Store it in a wider type.")
+    return tensor
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -249,5 +278,9 @@ def _fill(view: memoryview, stream: FileIO) -> None:
     while view:
         count = stream.readinto(view)
         if not count:
-            raise InputError(f"{stream.name} ends too early.", hint="Copy it again from its source.")
+            raise _too_short(stream.name)
         view = view[count:]
+
+
+def _too_short(path: object) -> InputError:
+    return InputError(f"{path} ends too early.", hint="Copy it again from its source.")

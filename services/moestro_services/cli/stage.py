@@ -1,5 +1,6 @@
 """`moestro stage`: one stage alone on given checkpoints, and `moestro eval`: a checkpoint measured."""
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,9 @@ from moestro.config import Config, EvaluateConfig, Resources, read_yaml, validat
 from moestro.errors import BusyError, ConfigError, InputError
 from moestro_services.cli.output import Json, emit
 from moestro_services.cli.progress import LiveProgress
+
+DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+DOMAIN_NAME_HINT = "Letters, digits, dots, dashes and underscores, the first a letter or digit."
 
 
 def stage(
@@ -171,6 +175,10 @@ def _inputs(name: str, pairs: list[str]) -> dict[str, Any]:
         if not equals or not folder or top not in stage.inputs or bool(slash and key) != (top in stage.per_domain):
             wanted = ", ".join(_roles(name)) or "none"
             raise ConfigError(f"{pair}: expected ROLE=FOLDER with a role of {name}: {wanted}.")
+        if slash and not DOMAIN_NAME.fullmatch(key):
+            raise ConfigError(f"{pair}: {key!r} is no name of a domain.", hint=DOMAIN_NAME_HINT)
+        if role in folders:
+            raise ConfigError(f"--input {role} is given twice.", hint="Each role takes one folder.")
         folders[role] = Path(folder)
         if not folders[role].exists():
             raise InputError(f"{folder}: no such file or directory.")
@@ -202,4 +210,17 @@ def _roles(name: str) -> list[str]:
 def _render(data: dict[str, Any]) -> Iterator[Any]:
     for key, value in {**data, **data.get("result", {})}.items():
         if key != "result":
-            yield Text(f"{key:<24} {value}")
+            yield from _lines(key, value, "")
+
+
+def _lines(key: str, value: Any, indent: str) -> Iterator[Text]:
+    """A figure as a line, a mapping as a line for each entry below it, and a list whose entries are alike as one."""
+    if isinstance(value, Mapping) and value:
+        yield Text(f"{indent}{key}")
+        for name, item in value.items():
+            yield from _lines(str(name), item, f"{indent}  ")
+        return
+    if isinstance(value, list) and value and isinstance(value[0], list) and all(item == value[0] for item in value):
+        key, value = f"{key} (each of {len(value)})", value[0]
+    shown = ", ".join("-" if item in (None, "") else str(item) for item in value) if isinstance(value, list) else value
+    yield Text(f"{indent}{key:<24} {shown}")

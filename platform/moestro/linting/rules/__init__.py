@@ -1,7 +1,13 @@
 """What is checked: one file a group of rules, `RULES` is the registry. They are run, and mended, in this order."""
 
 from moestro.linting.rule import Rule
-from moestro.linting.rules.architecture import ACTIVATION, ARCHITECTURES, UNKNOWN_ARCHITECTURE, UNUSABLE_CONFIG
+from moestro.linting.rules.architecture import (
+    ACTIVATION,
+    ARCHITECTURES,
+    QUANTISED,
+    UNKNOWN_ARCHITECTURE,
+    UNUSABLE_CONFIG,
+)
 from moestro.linting.rules.attention import (
     CPU_HEAD_SIZE,
     DROPPED_ATTENTION_BIASES,
@@ -12,8 +18,9 @@ from moestro.linting.rules.attention import (
 )
 from moestro.linting.rules.embeddings import MISSING_HEAD, PAD_TOKEN, SECOND_HEAD, TIED_HEAD, VOCABULARY_SIZE
 from moestro.linting.rules.experts import EXPERT_COUNT, EXPERT_WIDTH, ORIGINS_MISMATCH, UNEVEN_EXPERTS, ZERO_EXPERTS
-from moestro.linting.rules.files import DAMAGED_FILES, INDEX_MISMATCH, STRAY_FILES
+from moestro.linting.rules.files import DAMAGED_FILES, INDEX_MISMATCH, NO_SAFETENSORS, STRAY_FILES
 from moestro.linting.rules.gates import IGNORED_RENORMALISATION, UNNORMALISED_COPIES, UNNORMALISED_GATES
+from moestro.linting.rules.layers import LAYER_COUNT, PREDICTING_LAYERS
 from moestro.linting.rules.numbers import DOUBLE_PRECISION, NOT_FINITE, STORED_TYPES, UNSCALED_INTEGERS
 from moestro.linting.rules.rotary import (
     DEFAULT_ROTATION,
@@ -44,14 +51,18 @@ from moestro.linting.rules.windows import SLIDING_WINDOWS
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
+        NO_SAFETENSORS,
         DAMAGED_FILES,
         STRAY_FILES,
         INDEX_MISMATCH,
         UNUSABLE_CONFIG,
         UNKNOWN_ARCHITECTURE,
+        QUANTISED,
         ARCHITECTURES,
         ACTIVATION,
         EXPERT_NAMES,
+        LAYER_COUNT,
+        PREDICTING_LAYERS,
         EXPERT_COUNT,
         EXPERT_WIDTH,
         UNEVEN_EXPERTS,

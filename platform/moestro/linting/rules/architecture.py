@@ -8,13 +8,13 @@ from moestro.linting.checkpoint import Checkpoint, refused
 from moestro.linting.draft import Draft
 from moestro.linting.rule import Rule, Trouble
 from moestro.models.files import CONFIG
-from moestro.models.layouts import LAYOUTS
+from moestro.models.layouts import LAYOUTS, routed_experts
 
 WORKS = "Compare config.json with that of a checkpoint that works."
 
 
 def _unusable(checkpoint: Checkpoint) -> Iterator[Trouble]:
-    if error := refused(lambda: checkpoint.expected):
+    if error := refused(lambda: routed_experts(checkpoint.parsed)) or refused(lambda: checkpoint.expected):
         yield Trouble(
             where=(CONFIG,),
             what=error.message,
@@ -41,6 +41,8 @@ UNUSABLE_CONFIG = Rule(
     check=_unusable,
     any_architecture=True,
     final=True,
+    structural=True,
+    of_quantised=True,
 )
 
 
@@ -48,8 +50,8 @@ def _unknown(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if checkpoint.layout is None:
         yield Trouble(
             where=("model_type",),
-            what=f"The layout of a {checkpoint.model_type!r} is not known here: only files, names, shapes, numbers and "
-            "tokenizer were checked.",
+            what=f"The layout of model_type {checkpoint.model_type!r} is not known here: only "
+            f"{'files' if checkpoint.quantised else 'files, names, shapes, numbers'} and tokenizer were checked.",
             transformers="Not known.",
             vllm="Not known.",
             remedy=f"Known: {', '.join(LAYOUTS)}.",
@@ -63,6 +65,29 @@ UNKNOWN_ARCHITECTURE = Rule(
     about="An architecture whose layout and traps are not known here; few rules were run.",
     check=_unknown,
     any_architecture=True,
+    of_quantised=True,
+)
+
+
+def _quantised(checkpoint: Checkpoint) -> Iterator[Trouble]:
+    if checkpoint.quantised:
+        yield Trouble(
+            where=(CONFIG,),
+            what="The weights are described as quantised: their names, shapes and numbers were not checked.",
+            transformers="Not checked.",
+            vllm="Not checked.",
+            remedy="Check the checkpoint that it was quantised from.",
+            affects=(),
+        )
+
+
+QUANTISED = Rule(
+    name="quantised",
+    severity="warning",
+    about="The config describes quantised weights: only files, config and tokenizer were checked.",
+    check=_quantised,
+    any_architecture=True,
+    of_quantised=True,
 )
 
 
@@ -72,7 +97,7 @@ def _architectures(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if found != [own]:
         yield Trouble(
             where=("architectures",),
-            what=f"architectures is {found}, where a {checkpoint.model_type} is [{own!r}].",
+            what=f"architectures is {found}, where {checkpoint.model_type} has [{own!r}].",
             transformers="Goes by model_type and is right.",
             vllm="Goes by architectures: builds another class, which does not know the weights, or none.",
             remedy=f'Set "architectures": ["{own}"].',
@@ -92,6 +117,7 @@ ARCHITECTURES = Rule(
     check=_architectures,
     mend=_name_architecture,
     mends="The class that belongs to `model_type`.",
+    of_quantised=True,
 )
 
 
@@ -113,4 +139,5 @@ ACTIVATION = Rule(
     severity="error",
     about="`hidden_act` is another one than SiLU, the only one vLLM computes in experts.",
     check=_activation,
+    of_quantised=True,
 )

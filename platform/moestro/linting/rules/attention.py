@@ -5,7 +5,7 @@ from typing import Any
 
 from moestro.linting.checkpoint import Checkpoint
 from moestro.linting.draft import Draft
-from moestro.linting.rule import Rule, Trouble, some
+from moestro.linting.rule import Rule, Trouble, counted, some
 from moestro.linting.scan import extremes
 from moestro.models.weights import NewTensor
 
@@ -30,7 +30,7 @@ def _no_biases(checkpoint: Checkpoint) -> Iterator[Trouble]:
         field = BIAS_FIELD[checkpoint.model_type]
         yield Trouble(
             where=(field, *some(names)),
-            what=f"{field} is {checkpoint.config.qkv_bias}, and {len(names)} biases of q, k, v are not stored.",
+            what=f"{field} is {checkpoint.config.qkv_bias}, and biases of q, k, v are not stored: {len(names)}.",
             transformers="Computes without biases.",
             vllm="Always has biases and leaves them uninitialised without a word: NaN or noise.",
             remedy=f"Store biases of zeros and set {field} to true.",
@@ -79,7 +79,7 @@ def _dropped(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if names := [name for name, tensor in stored.items() if any(extremes(tensor))]:
         yield Trouble(
             where=("attention_bias", *some(names)),
-            what=f"{len(names)} biases of the attention are not zero.",
+            what=f"{counted(len(names), 'bias of the attention is', 'biases of the attention are')} not zero.",
             transformers="Adds them.",
             vllm="Drops them without a word (measured: more than 1 nat).",
             remedy='Serve it with model_impl="transformers".',
@@ -113,6 +113,7 @@ IMPOSSIBLE_HEADS = Rule(
     severity="error",
     about="`num_key_value_heads` does not divide `num_attention_heads`.",
     check=_heads,
+    of_quantised=True,
 )
 
 
@@ -135,6 +136,7 @@ IGNORED_HEAD_SIZE = Rule(
     severity="error",
     about="A `head_dim` that vLLM's class for the architecture does not look at.",
     check=_head_size,
+    of_quantised=True,
 )
 
 
@@ -156,6 +158,7 @@ CPU_HEAD_SIZE = Rule(
     severity="warning",
     about="A head size that vLLM's CPU attention is not built for.",
     check=_cpu_head_size,
+    of_quantised=True,
 )
 
 
@@ -178,4 +181,5 @@ OLMOE_ATTENTION = Rule(
     severity="error",
     about="An OLMoE with another `rms_norm_eps` than vLLM's fixed one, or with `clip_qkv`, which it does not do.",
     check=_olmoe_norms,
+    of_quantised=True,
 )

@@ -81,16 +81,8 @@ def _no_head(checkpoint: Checkpoint) -> Iterator[Trouble]:
             what="The output head is not tied to the embedding, and none is stored.",
             transformers="Fills it with random numbers and only warns.",
             vllm="Leaves it uninitialised without a word.",
-            remedy=f"Set {TIE} to true, if that is what the model was.",
-            fixable=EMBEDDING in checkpoint.weights,
+            remedy=f"Only the maker knows: set {TIE} to true if that is what the model was, else get the head.",
         )
-
-
-def _give_head(checkpoint: Checkpoint, draft: Draft) -> None:
-    if checkpoint.model_type in NEVER_TIED:
-        draft.tensors[HEAD] = draft.tensors[EMBEDDING]
-    else:
-        draft.config[TIE] = True
 
 
 MISSING_HEAD = Rule(
@@ -98,8 +90,7 @@ MISSING_HEAD = Rule(
     severity="error",
     about="An output head of its own that is not stored.",
     check=_no_head,
-    mend=_give_head,
-    mends="It is tied to the embedding, or a copy of it where vLLM does not tie.",
+    structural=True,
 )
 
 
@@ -127,6 +118,7 @@ VOCABULARY_SIZE = Rule(
     check=_vocabulary,
     mend=_tell_vocabulary,
     mends="The number of rows.",
+    structural=True,
 )
 
 
@@ -161,4 +153,5 @@ PAD_TOKEN = Rule(
     check=_pad,
     mend=_no_pad,
     mends="There is none.",
+    of_quantised=True,
 )

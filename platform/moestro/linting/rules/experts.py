@@ -13,10 +13,10 @@ from torch import Tensor
 from moestro.errors import InputError
 from moestro.linting.checkpoint import Checkpoint
 from moestro.linting.draft import Draft
-from moestro.linting.rule import Rule, Trouble, some
+from moestro.linting.rule import Rule, Trouble, counted, some
 from moestro.linting.scan import same
 from moestro.models.files import ORIGINS, read_json
-from moestro.models.layouts import PROJECTIONS
+from moestro.models.layouts import EXPERT_COUNTS, PROJECTIONS
 from moestro.models.weights import NewTensor, StoredTensor
 
 COMPARED_ROWS = 256
@@ -24,47 +24,61 @@ COMPARED_ROWS = 256
 
 
 def _count(checkpoint: Checkpoint) -> Iterator[Trouble]:
-    field = checkpoint.own.num_experts
-    told, stored = getattr(checkpoint.config, field), checkpoint.experts.num_experts
-    if stored and told != stored:
-        yield _size(
-            field, f"{field} is {told}, and {stored} experts with {stored} router rows are stored in every layer."
+    fields, stored = _count_fields(checkpoint), checkpoint.experts.num_experts
+    told = {field: checkpoint.parsed.get(field) for field in fields}
+    shown = " and ".join(f"{field} is {value}" for field, value in told.items())
+    if len(set(told.values())) > 1:
+        yield Trouble(
+            where=fields,
+            what=f"{shown}, and {stored or 'an unclear number of'} experts are stored.",
+            transformers="Goes by one of them, and refuses to load tensors of another shape.",
+            vllm="Goes by one of them, and raises an error or leaves what is missing uninitialised.",
+            remedy="Set all to what is stored.",
+            fixable=stored is not None,
         )
+    elif stored and getattr(checkpoint.config, checkpoint.own.num_experts) != stored:
+        yield _size(fields, f"{shown}, and {stored} experts with {stored} router rows are stored in every layer.")
 
 
-def _size(field: str, what: str) -> Trouble:
+def _count_fields(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The fields of config.json that hold the number of experts: versions of transformers write different ones."""
+    return tuple(name for name in EXPERT_COUNTS if checkpoint.parsed.get(name) is not None)
+
+
+def _size(fields: tuple[str, ...], what: str) -> Trouble:
     return Trouble(
-        where=(field,),
+        where=fields,
         what=what,
         transformers="Refuses to load tensors of another shape.",
         vllm="Raises an error, or leaves what is missing uninitialised.",
-        remedy=f"Set {field} to what is stored.",
+        remedy=f"Set {' and '.join(fields)} to what is stored.",
         fixable=True,
     )
 
 
 def _tell_count(checkpoint: Checkpoint, draft: Draft) -> None:
-    for name in ("num_experts", "num_local_experts"):
-        draft.config.pop(name, None)
-    draft.config[checkpoint.own.num_experts] = checkpoint.num_experts
+    for field in _count_fields(checkpoint):
+        draft.config[field] = checkpoint.num_experts
 
 
 EXPERT_COUNT = Rule(
     name="expert-count",
     severity="error",
-    about="The config has another number of experts than is stored.",
+    about="The config has another number of experts than is stored, or two numbers.",
     check=_count,
     mend=_tell_count,
     mends="The number that is stored.",
+    structural=True,
 )
 
 
 def _width(checkpoint: Checkpoint) -> Iterator[Trouble]:
     layout, widths = checkpoint.own, checkpoint.experts.widths
-    told = getattr(checkpoint.config, layout.expert_width)
+    field = layout.expert_width
+    told = getattr(checkpoint.config, field)
     if len(widths) == 1 and widths != {told} and not layout.shared_counts_experts:
         stored = next(iter(widths))
-        yield _size(layout.expert_width, f"{layout.expert_width} is {told}, and all stored experts are {stored} wide.")
+        yield _size((field,), f"{field} is {told}, and all stored experts are {stored} wide.")
 
 
 def _tell_width(checkpoint: Checkpoint, draft: Draft) -> None:
@@ -78,6 +92,7 @@ EXPERT_WIDTH = Rule(
     check=_width,
     mend=_tell_width,
     mends="The width that is stored.",
+    structural=True,
 )
 
 
@@ -137,6 +152,7 @@ UNEVEN_EXPERTS = Rule(
     check=_uneven,
     mend=_pad,
     mends="Narrower experts get features of zero weights: they compute what they did.",
+    structural=True,
 )
 
 
@@ -149,7 +165,7 @@ def _silent(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if silent:
         yield Trouble(
             where=some(silent),
-            what=f"{len(silent)} experts add nothing to any token: a projection is all zero.",
+            what=f"{counted(len(silent), 'expert adds', 'experts add')} nothing to any token: a projection is zero.",
             transformers="Computes zeros.",
             vllm="Computes zeros.",
             remedy="If they are not to be trained from there, take them out.",

@@ -10,8 +10,35 @@ from safetensors import safe_open
 from moestro.errors import InputError
 from moestro.linting.checkpoint import Checkpoint, refused
 from moestro.linting.draft import Draft
-from moestro.linting.rule import Rule, Trouble, some
+from moestro.linting.rule import Rule, Trouble, counted, some
 from moestro.models.files import INDEX, WEIGHTS, check_safetensors, read_json, weight_files
+
+OTHER_WEIGHTS = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+
+def _no_safetensors(checkpoint: Checkpoint) -> Iterator[Trouble]:
+    folder = checkpoint.folder
+    others = {path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern)}
+    if others and not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        yield Trouble(
+            where=some(others),
+            what="The weights are no safetensors: only these are checked.",
+            transformers="Loads them; what it makes of them was not checked.",
+            vllm="Loads them; what it makes of them was not checked.",
+            remedy="Save it with safetensors: load it with transformers and call save_pretrained.",
+            affects=(),
+        )
+
+
+NO_SAFETENSORS = Rule(
+    name="no-safetensors",
+    severity="warning",
+    about="Weights are stored as `pytorch_model.bin` alone: nothing was checked.",
+    check=_no_safetensors,
+    any_architecture=True,
+    of_quantised=True,
+    final=True,
+)
 
 
 def _damaged(checkpoint: Checkpoint) -> Iterator[Trouble]:
@@ -28,7 +55,8 @@ def _damaged(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if damaged:
         return
     if refusal := refused(lambda: checkpoint.stored):
-        yield _damage(checkpoint.folder, refusal)
+        if not checkpoint.quantised:  # some pack weights into types that torch does not have
+            yield _damage(checkpoint.folder, refusal)
         return
     for name, tensor in checkpoint.stored.items():
         if tensor.length != math.prod(tensor.shape) * tensor.dtype.itemsize:
@@ -53,6 +81,8 @@ DAMAGED_FILES = Rule(
     check=_damaged,
     any_architecture=True,
     final=True,
+    structural=True,
+    of_quantised=True,
 )
 
 
@@ -89,6 +119,7 @@ STRAY_FILES = Rule(
     mend=_keep_ours,
     mends="Only what transformers reads is copied.",
     any_architecture=True,
+    of_quantised=True,
 )
 
 
@@ -106,8 +137,8 @@ def _index(checkpoint: Checkpoint) -> Iterator[Trouble]:
         twice = {name for name in wrong if len(places.get(name, [])) > 1}
         yield Trouble(
             where=(INDEX, *some(wrong)),
-            what=f"The index is wrong about {len(wrong)} tensors"
-            + (f"; {len(twice)} are stored in several files." if twice else "."),
+            what=f"The index is wrong about {counted(len(wrong), 'tensor', 'tensors')}"
+            + (f"; stored in several files: {len(twice)}." if twice else "."),
             transformers="Reads whatever the files hold, of what is stored twice the last.",
             vllm="Reads whatever the files hold, of what is stored twice the last.",
             remedy="Write the checkpoint again: other tools trust the index.",
@@ -124,4 +155,5 @@ INDEX_MISMATCH = Rule(
     mend=_keep_ours,
     mends="The copy gets an index of its own.",
     any_architecture=True,
+    of_quantised=True,
 )

@@ -31,6 +31,7 @@ IGNORED_RENORMALISATION = Rule(
     severity="error",
     about="An OLMoE whose gates are to add up to one, which vLLM does not do.",
     check=_ignored,
+    of_quantised=True,
 )
 
 
@@ -72,7 +73,7 @@ def _related(checkpoint: Checkpoint) -> Iterator[Trouble]:
     why = " Experts started from one network." if related else ""
     yield Trouble(
         where=(RENORMALISE,),
-        what=f"{_told(checkpoint).capitalize()}: gates of the chosen experts add up to less than one.{why}",
+        what=f"{_told(checkpoint)}: gates of the chosen experts add up to less than one.{why}",
         transformers="Leaves them as they are.",
         vllm="Leaves them as they are.",
         remedy=f"Set {RENORMALISE} to true, unless the experts were trained without.",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moestro.linting.checkpoint import Checkpoint
 from moestro.linting.draft import Draft
-from moestro.linting.rule import Rule, Trouble, some
+from moestro.linting.rule import Rule, Trouble, counted, some
 from moestro.linting.scan import blocks
 from moestro.models.weights import NewTensor, StoredTensor
 
@@ -18,32 +18,31 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _not_finite(checkpoint: Checkpoint) -> Iterator[Trouble]:
-    biases = (checkpoint.layout.correction_bias or "").rpartition(".")[2] if checkpoint.layout else ""
-    names = [
-        name
-        for name in checkpoint.scan.not_finite
-        if not (biases and name.endswith(biases) and _only_low(checkpoint, name))
-    ]
+    biases = [name for name in checkpoint.scan.not_finite if name.endswith(KEPT_IN_FLOAT32)]
+    names = [name for name in checkpoint.scan.not_finite if name not in biases]
+    if biases:
+        choice = "Chooses by it: minus infinity keeps an expert from every token, NaN makes the choice arbitrary."
+        yield Trouble(
+            where=some(biases),
+            what=f"{counted(len(biases), 'correction bias holds', 'correction biases hold')} NaN or infinity.",
+            transformers=choice,
+            vllm=choice,
+            remedy="Go back to an earlier checkpoint; an expert that is not to be chosen can be taken out.",
+        )
     if names:
         yield Trouble(
             where=some(names),
-            what=f"{len(names)} tensors hold NaN or infinity.",
+            what=f"{counted(len(names), 'tensor holds', 'tensors hold')} NaN or infinity.",
             transformers="Computes NaN.",
             vllm="Computes NaN, and answers noise without a word.",
             remedy="Go back to an earlier checkpoint.",
         )
 
 
-def _only_low(checkpoint: Checkpoint, name: str) -> bool:
-    """A correction bias of minus infinity takes an expert out of the choice."""
-    values = checkpoint.weights[name].read()
-    return bool((values.isfinite() | (values == -torch.inf)).all())
-
-
 NOT_FINITE = Rule(
     name="not-finite",
     severity="error",
-    about="Weights that are NaN or infinite.",
+    about="Weights, or biases of the choice of experts, that are NaN or infinite.",
     check=_not_finite,
     costly=True,
     any_architecture=True,
@@ -59,7 +58,8 @@ def _integers(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if names:
         yield Trouble(
             where=some(names),
-            what=f"{len(names)} weights are {_kinds(checkpoint, names)}, and the config describes no quantisation.",
+            what=f"{counted(len(names), 'weight is', 'weights are')} {_kinds(checkpoint, names)}, and the config "
+            "describes no quantisation.",
             transformers="Takes the stored numbers for the weights, unscaled.",
             vllm="Takes the stored numbers for the weights, unscaled.",
             remedy="Dequantise the checkpoint, or copy the quantisation_config that belongs to it.",
@@ -76,6 +76,7 @@ UNSCALED_INTEGERS = Rule(
     about="Weights stored as integers or 8-bit floats without a quantisation config.",
     check=_integers,
     any_architecture=True,
+    structural=True,
 )
 
 
@@ -85,7 +86,7 @@ def _doubles(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if names or told == "float64":
         yield Trouble(
             where=("dtype", *some(names)),
-            what=f"{len(names)} weights are stored in double precision; the config says {told}.",
+            what=f"{counted(len(names), 'weight is', 'weights are')} stored in double precision; dtype is {told}.",
             transformers="Computes in what the config says.",
             vllm="Computes in half precision unless another type is asked for.",
             remedy="Store them in float32 or bfloat16.",

@@ -27,7 +27,7 @@ def _partial(checkpoint: Checkpoint) -> Iterator[Trouble]:
         return
     yield Trouble(
         where=tuple(_places(checkpoint, FACTOR)),
-        what=f"{FACTOR} is {factor}, and a {checkpoint.model_type} rotates whole heads.",
+        what=f"{FACTOR} is {factor}, and {checkpoint.model_type} rotates whole heads.",
         transformers="Rotates whole heads, or raises an error where positions are scaled too.",
         vllm=f"Rotates the part {factor} of every head (measured: several nats).",
         remedy="Remove the field.",
@@ -47,6 +47,7 @@ PARTIAL_ROTATION = Rule(
     check=_partial,
     mend=_whole,
     mends="The field is left out.",
+    of_quantised=True,
 )
 
 
@@ -66,6 +67,7 @@ DEFAULT_ROTATION = Rule(
     severity="warning",
     about=f"A GLM-4 MoE that does not say `{FACTOR}`, whose default is 0.5.",
     check=_default_part,
+    of_quantised=True,
 )
 
 
@@ -74,7 +76,7 @@ def _theta(checkpoint: Checkpoint) -> Iterator[Trouble]:
         taken = (checkpoint.config.rope_parameters or {}).get(THETA)
         yield Trouble(
             where=(THETA,),
-            what=f"{THETA} is not given: {taken}, the default of a {checkpoint.model_type}, is taken.",
+            what=f"{THETA} is not given: {taken}, the default of {checkpoint.model_type}, is taken.",
             transformers=f"Takes {taken}.",
             vllm=f"Takes {taken}.",
             remedy="Give that of the model it was made from: defaults differ between architectures.",
@@ -86,6 +88,7 @@ DEFAULT_THETA = Rule(
     severity="warning",
     about=f"`{THETA}` is not given, and architectures have different defaults.",
     check=_theta,
+    of_quantised=True,
 )
 
 
@@ -110,6 +113,7 @@ TWO_ROTATIONS = Rule(
     severity="warning",
     about="Positions are described twice: `rope_scaling` beside `rope_parameters`, or two values of `rope_theta`.",
     check=_contradiction,
+    of_quantised=True,
 )
 
 
@@ -142,6 +146,7 @@ ROTATION_BY_LENGTH = Rule(
     severity="warning",
     about="longrope, whose factors vLLM chooses once for all sequences, or dynamic scaling, which it does not do.",
     check=_by_length,
+    of_quantised=True,
 )
 
 
@@ -177,4 +182,5 @@ ROTATION_FIELDS = Rule(
     check=_fields,
     mend=_plain_fields,
     mends="Null is left out, the factor is a float.",
+    of_quantised=True,
 )

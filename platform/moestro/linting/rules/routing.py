@@ -11,30 +11,37 @@ from torch import Tensor
 
 from moestro.linting.checkpoint import Checkpoint
 from moestro.linting.draft import Draft
-from moestro.linting.rule import Rule, Trouble, some
+from moestro.linting.rule import Rule, Trouble, counted, some
 from moestro.models.weights import NewTensor
 
 
 def _choice(checkpoint: Checkpoint) -> Iterator[Trouble]:
-    config, experts = checkpoint.config, checkpoint.num_experts
-    chosen = config.num_experts_per_tok
-    groups, chosen_groups = getattr(config, "n_group", 1) or 1, getattr(config, "topk_group", 1) or 1
+    experts, chosen = checkpoint.num_experts, checkpoint.config.num_experts_per_tok
+    groups, chosen_groups = _groups(checkpoint)
+    by_groups = checkpoint.own.correction_bias is not None
     problems = [
-        (chosen > experts, f"num_experts_per_tok is {chosen} of {experts} experts"),
-        (experts % groups > 0, f"{experts} experts do not divide into n_group = {groups}"),
-        (chosen_groups > groups, f"topk_group is {chosen_groups} of {groups} groups"),
-        (checkpoint.own.correction_bias and experts // groups < 2, "a group needs two experts to be scored by"),
+        (chosen > experts, "num_experts_per_tok", f"num_experts_per_tok is {chosen} of {experts} experts"),
+        (experts % groups > 0, "n_group", f"{experts} experts do not divide into n_group = {groups}"),
+        (chosen_groups > groups, "topk_group", f"topk_group is {chosen_groups} of {groups} groups"),
+        (by_groups and experts // groups < 2, "n_group", "a group needs two experts to be scored by"),
     ]
-    for wrong, what in problems:
+    for wrong, field, what in problems:
         if wrong:
             yield Trouble(
-                where=("num_experts_per_tok", "n_group", "topk_group"),
+                where=(field,),
                 what=f"The choice of experts is impossible: {what}.",
                 transformers="Raises an error at the first token.",
                 vllm="Raises an error at the first token.",
-                remedy="Correct the fields.",
+                remedy=f"Correct {field}.",
             )
             return
+
+
+def _groups(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Groups of experts, and how many of them are chosen: one of one where experts stand in none."""
+    if checkpoint.own.correction_bias is None:
+        return 1, 1
+    return checkpoint.config.n_group or 1, checkpoint.config.topk_group or 1
 
 
 IMPOSSIBLE_CHOICE = Rule(
@@ -42,12 +49,13 @@ IMPOSSIBLE_CHOICE = Rule(
     severity="error",
     about="More experts or groups are to be chosen than there are, or groups do not divide.",
     check=_choice,
+    of_quantised=True,
 )
 
 
 def _few_in_groups(checkpoint: Checkpoint) -> Iterator[Trouble]:
     config, experts = checkpoint.config, checkpoint.num_experts
-    groups, chosen_groups = getattr(config, "n_group", 1) or 1, getattr(config, "topk_group", 1) or 1
+    groups, chosen_groups = _groups(checkpoint)
     reachable = experts // groups * chosen_groups
     if reachable < config.num_experts_per_tok and not list(_choice(checkpoint)):
         yield Trouble(
@@ -64,6 +72,7 @@ SMALL_GROUPS = Rule(
     severity="warning",
     about="The chosen groups hold fewer experts than are to be chosen.",
     check=_few_in_groups,
+    of_quantised=True,
 )
 
 
@@ -73,13 +82,15 @@ def _unreachable(checkpoint: Checkpoint) -> Iterator[Trouble]:
         router, bias = (
             _read(checkpoint, name, layer) for name in (checkpoint.own.router, checkpoint.own.correction_bias)
         )
-        if router is not None and router.isfinite().all():
+        usable = router is not None and router.isfinite().all() and (bias is None or bias.isfinite().all())
+        if router is not None and usable:
             found[layer] = _never_chosen(checkpoint, router, bias)
     places = [f"layer {layer}, expert {expert}" for layer, experts in found.items() for expert in experts]
     if places:
         yield Trouble(
             where=some(places),
-            what=f"{len(places)} experts are chosen for no token: enough others always score as much or more.",
+            what=f"{counted(len(places), 'expert is', 'experts are')} chosen for no token: enough others always "
+            "score as much or more.",
             transformers="Never runs them.",
             vllm="Never runs them; where scores tie it may prefer others than transformers.",
             remedy="Train the routers or start them otherwise; a zero router is meant for identical experts.",
@@ -87,8 +98,9 @@ def _unreachable(checkpoint: Checkpoint) -> Iterator[Trouble]:
 
 
 def _read(checkpoint: Checkpoint, template: str | None, layer: int) -> Tensor | None:
-    name = template.format(layer=layer) if template else None
-    return checkpoint.weights[name].read() if name in checkpoint.weights else None
+    """The weight, None where there is none or it is of another shape than the model's."""
+    tensor = checkpoint.weights.get(name := template.format(layer=layer)) if template else None
+    return tensor.read() if tensor and tensor.shape == checkpoint.expected.get(name) else None
 
 
 def _never_chosen(checkpoint: Checkpoint, router_ED: Tensor, bias_E: Tensor | None) -> list[int]:
@@ -100,7 +112,7 @@ def _never_chosen(checkpoint: Checkpoint, router_ED: Tensor, bias_E: Tensor | No
     tied = [expert for group in rows.values() for expert in group[chosen:]]
     if bias_E is None:
         return sorted(tied)
-    count = getattr(checkpoint.config, "n_group", 1) or 1
+    count, _ = _groups(checkpoint)
     if len(bias_E) % count:
         return sorted(tied)
     groups = bias_E.double().reshape(count, -1)
@@ -149,4 +161,5 @@ MISSING_CORRECTION_BIAS = Rule(
     check=_no_bias,
     mend=_zero_bias,
     mends="Zeros.",
+    structural=True,
 )

@@ -33,6 +33,7 @@ FOREIGN_SHARED_EXPERT = Rule(
     check=_foreign_shared,
     mend=_no_foreign_shared,
     mends="The field is left out.",
+    of_quantised=True,
 )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from moestro.linting.checkpoint import HEAD, Checkpoint
 from moestro.linting.draft import Draft
-from moestro.linting.rule import Rule, Trouble, some
+from moestro.linting.rule import Rule, Trouble, counted, some
 from moestro.linting.rules.experts import of_uneven_experts
 from moestro.linting.scan import extremes
 from moestro.linting.spelling import transformers_reads, vllm_reads, vllm_refuses
@@ -28,7 +28,7 @@ def _misnamed(checkpoint: Checkpoint) -> Iterator[Trouble]:
     random_numbers = "Fills the experts with random numbers and only warns."
     yield Trouble(
         where=some({*unread, *random}),
-        what=f"Experts or routers are stored under names that are not those of a {checkpoint.model_type}.",
+        what=f"Experts or routers are stored under names that are not those of {checkpoint.model_type}.",
         transformers=random_numbers if random else "Reads them.",
         vllm=failure if unread else "Reads them.",
         remedy=f"Store them as {next(iter(layout.experts.values()))} and {layout.router}.",
@@ -49,6 +49,7 @@ EXPERT_NAMES = Rule(
     check=_misnamed,
     mend=_rename,
     mends="The names that transformers saves and vLLM reads, experts cut apart where they lie apart.",
+    structural=True,
 )
 
 
@@ -57,7 +58,8 @@ def _empty(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if names and not (checkpoint.layout and checkpoint.layout.shared_counts_experts):
         yield Trouble(
             where=some(names),
-            what=f"{len(names)} tensors have no elements, as transformers saves a shared expert of width 0.",
+            what=f"{counted(len(names), 'tensor has', 'tensors have')} no elements, as transformers saves a shared "
+            "expert of width 0.",
             transformers="Computes nothing with them.",
             vllm="Raises an error: it builds no module for them.",
             remedy="Leave them out: transformers does not need them.",
@@ -94,7 +96,7 @@ def _missing(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if names:
         yield Trouble(
             where=some(names),
-            what=f"{len(names)} tensors of the model are not stored.",
+            what=f"{counted(len(names), 'tensor of the model is', 'tensors of the model are')} not stored.",
             transformers="Fills them with random numbers and only warns.",
             vllm="Leaves linear layers, experts and embeddings uninitialised without a word; raises for norms.",
             remedy=f"Copy the checkpoint again; or {CONFIG} is another model's.",
@@ -107,6 +109,7 @@ MISSING_TENSORS = Rule(
     about="Tensors of the model are not stored.",
     check=_missing,
     any_architecture=True,
+    structural=True,
 )
 
 
@@ -121,7 +124,8 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[Trouble]:
         shapes = [f"{name} is {list(stored)}, not {list(meant)}" for name, (stored, meant) in sorted(wrong.items())]
         yield Trouble(
             where=some(wrong),
-            what=f"{len(wrong)} tensors have another shape than {CONFIG} asks for: {'; '.join(some(shapes))}.",
+            what=f"{counted(len(wrong), 'tensor has', 'tensors have')} another shape than {CONFIG} asks for: "
+            f"{'; '.join(some(shapes))}.",
             transformers="Refuses to load them.",
             vllm="Raises an error, or takes a part of the tensor without a word.",
             remedy=f"{CONFIG} is another model's, or was edited: correct it.",
@@ -134,21 +138,20 @@ SHAPES = Rule(
     about="Tensors of another shape than the config asks for.",
     check=_shapes,
     any_architecture=True,
+    structural=True,
 )
 
 
 def _unknown_names(checkpoint: Checkpoint) -> list[str]:
-    """Tensors that neither engine asks for, but for those that both pass over."""
-    layers = int(checkpoint.text.num_hidden_layers)
-    extra = int(getattr(checkpoint.text, "num_nextn_predict_layers", 0) or 0)
-    predicting = tuple(f"model.layers.{layer}." for layer in range(layers, layers + extra))
+    """Tensors that neither engine asks for, but for those that both pass over. Whole layers have rules of their own."""
+    behind = tuple(f"model.layers.{layer}." for layer in checkpoint.predicting_layers | checkpoint.layers_behind)
     return [
         name
         for name, tensor in checkpoint.weights.items()
         if name not in checkpoint.expected
         and tensor.length
         and name != HEAD
-        and not name.startswith(predicting)
+        and not name.startswith(behind)
         and not any(part in name for part in UNREAD_PARTS)
     ]
 
@@ -158,10 +161,10 @@ def _unread(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if names:
         yield Trouble(
             where=some(names),
-            what=f"{len(names)} stored tensors are none of the model's.",
+            what=f"{counted(len(names), 'stored tensor is', 'stored tensors are')} none of the model's.",
             transformers="Passes over them with a warning.",
             vllm="Raises an error, or passes over them inside the experts.",
-            remedy=f"Leave them out; or {CONFIG} has too few layers or experts.",
+            remedy=f"Leave them out; or {CONFIG} has too few experts.",
             affects=("vllm",),
             fixable=True,
         )
@@ -181,6 +184,7 @@ UNREAD_TENSORS = Rule(
     mend=_drop_unread,
     mends="They are left out.",
     any_architecture=True,
+    structural=True,
 )
 
 
@@ -190,7 +194,8 @@ def _unread_biases(checkpoint: Checkpoint) -> Iterator[Trouble]:
     if names:
         yield Trouble(
             where=some(names),
-            what=f"{len(names)} stored biases are not zero, and a {checkpoint.model_type} of this config has none.",
+            what=f"{counted(len(names), 'stored bias is', 'stored biases are')} not zero, and {checkpoint.model_type} "
+            "has none with this config.",
             transformers="Computes without them and only warns.",
             vllm="Computes without them without a word.",
             remedy="Set the config field that switches them on, or take an architecture that has them, as glm4_moe.",

@@ -29,6 +29,7 @@ MISSING_TOKENIZER = Rule(
     check=_tokenizer,
     costly=True,
     any_architecture=True,
+    of_quantised=True,
 )
 
 
@@ -53,6 +54,7 @@ LARGE_TOKENIZER = Rule(
     check=_too_large,
     costly=True,
     any_architecture=True,
+    of_quantised=True,
 )
 
 
@@ -76,7 +78,7 @@ def _special(checkpoint: Checkpoint) -> Iterator[Trouble]:
             what=f"Special tokens lie outside the vocabulary of {rows} ids: {', '.join(map(str, outside.values()))}.",
             transformers="Never stops at them; fails where one is put in.",
             vllm="Never stops at them.",
-            remedy="Set them to the tokenizer's.",
+            remedy="Set them to the tokenizer's. No repair does: which ids end a text, only the maker knows.",
         )
 
 
@@ -86,6 +88,7 @@ SPECIAL_TOKENS = Rule(
     about="`bos_token_id` or `eos_token_id` lies outside the vocabulary.",
     check=_special,
     any_architecture=True,
+    of_quantised=True,
 )
 
 
@@ -113,4 +116,5 @@ END_OF_TEXT = Rule(
     check=_end,
     costly=True,
     any_architecture=True,
+    of_quantised=True,
 )

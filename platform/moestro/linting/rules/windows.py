@@ -70,4 +70,5 @@ SLIDING_WINDOWS = Rule(
     check=_windows,
     mend=_no_window,
     mends="The fields are left out where transformers attends to everything.",
+    of_quantised=True,
 )

@@ -21,7 +21,7 @@ from moestro.mixing.merging.seed import keep_seed
 from moestro.mixing.merging.sources import Block, Sources, Span
 from moestro.mixing.merging.ties import ties
 from moestro.models.vocabulary import VOCABULARY_WEIGHTS, Vocabulary
-from moestro.models.weights import NewTensor, StoredWeights
+from moestro.models.weights import NewTensor, StoredWeights, check_fits
 
 SEED = "seed"
 Merge = Callable[[Block], Tensor]
@@ -76,9 +76,9 @@ class Merger:
         for block in sources.blocks():
             counts.add(block)
             if block.agrees:
-                yield block.members[0].to(dtype)
+                yield check_fits(block.members[0].to(dtype), sources.name)
             elif block.seed is None:
-                yield mean(Mean(), sources)(block).to(dtype)
+                yield check_fits(mean(Mean(), sources)(block).to(dtype), f"The mean of all {sources.name}")
             else:
                 merge = merge or METHODS[config.type](config, sources)
-                yield merge(block).to(dtype)
+                yield check_fits(merge(block).to(dtype), f"What {config.type} makes of {sources.name}")

@@ -32,12 +32,12 @@ def centroid(config: CentroidRouter, context: StartContext) -> RouterRows:
     (the direction of a linear discriminant with a diagonal covariance). P takes out what all tokens share, so that
     no row is favoured by a constant; c makes the standard deviation of the layer's logits `config.spread`.
     """
-    windows = context.windows(config.calibration_tokens)
+    windows, figures = context.windows(config.calibration_tokens)
     seed = load_model(context.folders["seed"])
     texts = {name: read_text(seed, [windows_NS]) for name, windows_NS in windows.items()}
     layers = [{name: text.layers[layer] for name, text in texts.items()} for layer in range(context.layers)]
     rows_LND = config.spread * torch.stack([_directions(layer) for layer in layers]).float()
-    return RouterRows(context.by_row({name: rows_LND[:, number] for number, name in enumerate(texts)}))
+    return RouterRows(context.by_row({name: rows_LND[:, number] for number, name in enumerate(texts)}), figures)
 
 
 def _directions(layer: Mapping[str, Moments]) -> Tensor:

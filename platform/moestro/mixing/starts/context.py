@@ -36,6 +36,8 @@ class StartContext:
     hidden: int
     longest: int
     """Longest sequence the seed reads."""
+    unknown_ids: range
+    """Token ids of the result that the seed has no row of its own for: branches have added them to its vocabulary."""
     folders: Mapping[str, Path]
     """Checkpoint folders."""
     models: Mapping[str, StoredWeights]
@@ -54,19 +56,29 @@ class StartContext:
         experts = zip(self.plan.rows, self.plan.experts, strict=True)
         return {row: origins[expert.origin] for row, expert in experts if expert.origin in origins}
 
-    def windows(self, calibration_tokens: int) -> dict[str, Tensor]:
-        """Calibration windows [N, S] of every domain; raises `InputError` for a domain without tokens."""
+    def windows(self, calibration_tokens: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Calibration windows [N, S] of every domain that hold no ids which the seed lacks.
+
+        Figures: `windows_left_out`, how many others there were by domain, if there were any.
+        Raises `InputError` for a domain without tokens, and for one of which no window is left.
+        """
         missing = [name for name in self.domains() if name not in self.tokens]
         if missing:
             raise InputError(
                 f"No tokens of {', '.join(missing)} to start the router from.",
                 hint="Hand in their tokens, or take a router that needs none: zero, random, prompts or erc.",
             )
-        return {
-            name: spread_windows(
-                PackedTokens.open(self.tokens[name], "train").ids,
-                length=min(WINDOW, self.longest),
-                max_tokens=calibration_tokens,
-            )
-            for name in self.domains()
-        }
+        windows, left_out = {}, {}
+        for name in self.domains():
+            ids = PackedTokens.open(self.tokens[name], "train").ids
+            spread_NS = spread_windows(ids, length=min(WINDOW, self.longest), max_tokens=calibration_tokens)
+            lacked_NS = (spread_NS >= self.unknown_ids.start) & (spread_NS < self.unknown_ids.stop)
+            windows[name] = spread_NS[~lacked_NS.any(dim=1)]
+            if not len(windows[name]):
+                raise InputError(
+                    f"All text of {name} that the router is to start from holds tokens which the seed lacks.",
+                    hint="Take a router that reads none (zero, random, prompts or erc), or hand in other tokens.",
+                )
+            if count := len(spread_NS) - len(windows[name]):
+                left_out[name] = count
+        return windows, {"windows_left_out": left_out} if left_out else {}

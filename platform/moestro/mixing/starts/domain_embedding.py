@@ -23,7 +23,7 @@ def domain_embedding(config: DomainEmbeddingRouter, context: StartContext) -> Ro
     P_l takes out what all tokens of the layer share, so that no row is favoured by a constant; c_l makes the standard
     deviation of the layer's logits 1.
     """
-    windows = context.windows(config.calibration_tokens)
+    windows, figures = context.windows(config.calibration_tokens)
     seed = load_model(context.folders["seed"])
     texts = {name: read_text(seed, [windows_NS]) for name, windows_NS in windows.items()}
     embeddings_ND = torch.stack([text.last.mean for text in texts.values()])
@@ -34,4 +34,4 @@ def domain_embedding(config: DomainEmbeddingRouter, context: StartContext) -> Ro
         layer = {name: text.layers[number] for name, text in texts.items()}
         rows.append(with_unit_spread(without_common_part(directions_ND, overall_mean(layer)), layer))
     rows_LND = torch.stack(rows).float()
-    return RouterRows(context.by_row({name: rows_LND[:, number] for number, name in enumerate(texts)}))
+    return RouterRows(context.by_row({name: rows_LND[:, number] for number, name in enumerate(texts)}), figures)

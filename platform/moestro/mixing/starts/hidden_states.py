@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moestro.errors import InputError
 from moestro.models.routers import blocks as blocks_of
 from moestro.models.windows import forward_windows
 
@@ -52,13 +53,23 @@ class TextMoments:
 
 
 def read_text(model: PreTrainedModel, texts_NS: Sequence[Tensor]) -> TextMoments:
-    """What `model`, dense or sparse, makes of all windows [N, S] together; their S may differ."""
+    """What `model`, dense or sparse, makes of all windows [N, S] together; their S may differ.
+
+    Raises `InputError` if that holds NaN or infinity.
+    """
     blocks = blocks_of(model)
     found = TextMoments([Moments() for _ in blocks], Moments())
     with _listening(model.base_model, blocks, found):
         for windows_NS in texts_NS:
             for _ in forward_windows(model, windows_NS):
                 pass
+    if not all(moments.sums.isfinite().all() for moments in (*found.layers, found.last)):
+        broken = (name for name, weight in model.named_parameters() if not weight.isfinite().all())
+        name = next(broken, "a hidden state")
+        raise InputError(
+            f"{model.name_or_path}: {name} holds NaN or infinity.",
+            hint="Go back to an earlier checkpoint, or copy this one again from its source.",
+        )
     return found
 
 

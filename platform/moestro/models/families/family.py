@@ -123,10 +123,6 @@ class Family:
             found.append(Refusal("no loss-free selection", "Set mix.selection to softmax and leave out groups."))
         return found
 
-    def carries(self, shape: MoeShape) -> bool:
-        """Whether the architecture has what the shape asks for."""
-        return not self.lacks(shape)
-
     def shared_width(self, shape: MoeShape) -> int:
         """Width the shared expert is stored with: that of `shape`, rounded up where only whole experts are counted.
 
