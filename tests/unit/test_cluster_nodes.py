@@ -137,8 +137,15 @@ def processes(title: str) -> list[psutil.Process]:
     return found
 
 
-def undisturbed(folder: Path, step: Step) -> dict[str, Any]:
-    return run_step(ArtifactStore(folder), step, resources=ALONE).record.files
+def members(count: int) -> list[psutil.Process]:
+    """The workers of the one group that runs, once those of groups before it have ended."""
+    wait_for(lambda: len(processes("RayTrainWorker")) == count)
+    return processes("RayTrainWorker")
+
+
+def history(artifact: Artifact) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = json.loads((artifact.path / "history.json").read_text())["steps"]
+    return rows
 
 
 def test_branches_spread_over_the_nodes_and_a_lost_ones_go_on_elsewhere(
@@ -151,7 +158,7 @@ def test_branches_spread_over_the_nodes_and_a_lost_ones_go_on_elsewhere(
     running = [
         machines.submit(store, step, ALONE, reporter=recorder) for step, recorder in zip(steps, recorders, strict=True)
     ]
-    wait_for(lambda: len(checkpoints(store)) == 3 and len(claims(store)) == 3)
+    wait_for(lambda: len(checkpoints(store)) == 3 and all(recorder.rows for recorder in recorders))
     nodes = list(claims(store).values())
     assert sorted(nodes.count(node) for node in set(nodes)) == [SMALL, LARGE]
     gone = next(node for node in nodes if nodes.count(node) == LARGE)
@@ -167,36 +174,30 @@ def test_branches_spread_over_the_nodes_and_a_lost_ones_go_on_elsewhere(
     assert left != gone
     job = ray.get_runtime_context().get_job_id()
     lost = claimant("another task").lost
-    assert lost({"task": "a task", "node": gone, "job": job})
-    assert lost({"task": "another task", "node": left, "job": job})
-    assert not lost({"task": "a task", "node": left, "job": job})
-    assert not lost({"task": "a task", "node": "another cluster's", "job": job})
-    assert not lost({})
+    found = [lost({"task": "a task", "node": node, "job": job}) for node in (gone, left, "another cluster's")]
+    assert (found, lost({"task": "another task"}), lost({})) == ([True, False, False], True, False)
     assert [recorder.steps.count(1) for recorder in recorders] == [1, 1, 1]
     for step, artifact in zip(steps, made, strict=True):
-        assert artifact.record.files == undisturbed(tmp_path / "alone", step)
+        assert artifact.record.files == run_step(ArtifactStore(tmp_path / "alone"), step, resources=ALONE).record.files
 
 
 def test_a_group_spans_nodes_and_resumes_after_losing_a_worker(
     machines: Machines, branch_step: Callable[..., Step], tmp_path: Path
 ) -> None:
     three = Resources(cpus=1, branch_workers=3)
-    step, recorder = branch_step(200, batch_size=6), Recorder()
+    step, recorder = branch_step(300, batch_size=6), Recorder()
     alone = machines.submit(ArtifactStore(tmp_path / "alone"), step, three).result(DEADLINE)
     store = ArtifactStore(tmp_path / "home")
     running = machines.submit(store, step, three, reporter=recorder)
     wait_for(lambda: checkpoints(store) and recorder.rows)
-    members = processes("RayTrainWorker")
-    assert len(members) == 3
-    members[1].kill()
+    members(3)[1].kill()
     made = running.result(DEADLINE)
     assert made.record.files == alone.record.files
     assert recorder.steps.count(1) == 1
-    one = run_step(ArtifactStore(tmp_path / "one"), step, resources=ALONE, reporter=(single := Recorder()))
-    for (number, row), (other, expected) in zip(recorder.rows[:20], single.rows[:20], strict=True):
-        assert number == other
+    one = run_step(ArtifactStore(tmp_path / "one"), step, resources=ALONE)
+    for row, expected in zip(history(made)[:20], history(one)[:20], strict=True):
+        assert row["step"] == expected["step"]
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    assert one.fingerprint == made.fingerprint
 
 
 def test_a_group_on_a_lost_node_waits_for_cores_and_resumes(
@@ -219,7 +220,7 @@ def test_a_group_whose_workers_keep_dying_gives_up(
     store = ArtifactStore(tmp_path)
     running = machines.submit(store, branch_step(4000), PAIR.model_copy(update={"max_retries": 0}))
     wait_for(lambda: checkpoints(store))
-    processes("RayTrainWorker")[0].kill()
+    members(2)[0].kill()
     with pytest.raises(
         ResourceError, match=r"The worker of branch died 1 times: .* it resumes from the last checkpoint"
     ):
@@ -296,4 +297,4 @@ def test_a_killed_drivers_finished_branches_are_kept_and_the_unfinished_resumes(
     for step, identity in zip(steps, made, strict=True):
         artifact = store.find("branch", identity)
         assert artifact
-        assert artifact.record.files == undisturbed(tmp_path / "alone", step)
+        assert artifact.record.files == run_step(ArtifactStore(tmp_path / "alone"), step, resources=ALONE).record.files
