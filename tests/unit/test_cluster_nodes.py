@@ -27,8 +27,7 @@ from moestro_flows.home import Home
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 DEADLINE = 900.0
-SMALL, LARGE = 1, 2
-"""Cores of the two nodes; the head has none."""
+SMALL, LARGE = 1, 2  # cores; the head has none
 ALONE = Resources(cpus=1)
 PAIR = Resources(cpus=1, branch_workers=2)
 

@@ -24,7 +24,7 @@ class Board:
         return self.attempts[key]
 
     def put(self, key: str, attempt: int, events: list[tuple[Any, ...]]) -> None:
-        if attempt == self.attempts[key]:
+        if attempt >= self.attempts[key]:  # a board that was started anew has not heard of it
             self.events[key].extend(events)
 
     def place(self, key: str, reservation: Any) -> None:
@@ -37,6 +37,16 @@ class Board:
 
     def take(self, key: str) -> list[tuple[Any, ...]]:
         return self.events.pop(key, [])
+
+
+def start_board() -> Any:
+    """A board on the driver's own node: another one's loss is the driver's to survive. Started anew if it dies."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+    return board.remote()
 
 
 class BoardReporter:

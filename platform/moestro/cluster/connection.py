@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.artifacts import Artifact, ArtifactStore, Reporter
-from moestro.cluster.board import Board, BoardReporter, forward
+from moestro.cluster.board import BoardReporter, forward, start_board
 from moestro.cluster.claims import claimant
 from moestro.cluster.engine import EngineHost, RemoteEngine
 from moestro.cluster.group import end_group, train_together, workers_for
@@ -69,7 +69,7 @@ class Cluster:
                 )
         except (ConnectionError, ValueError) as error:
             raise _no_cluster(self.address, error) from error
-        self._board = ray.remote(Board).options(num_cpus=0).remote()
+        self._board = start_board()
         self._background = ray.remote(_Background).options(num_cpus=0, max_restarts=-1).remote()
         for _ in range(0 if self.address else min(workers, self.cpus)):
             ray.remote(_import_ahead).options(num_cpus=1).remote()
