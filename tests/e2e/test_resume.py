@@ -33,7 +33,7 @@ def published(home: Path) -> dict[str, dict[str, str]]:
     found = {}
     for path in home.glob("artifacts/*/*/artifact.json"):
         record = json.loads(path.read_text())
-        files = {name: entry["sha256"] for name, entry in record["files"].items()}
+        files = {name: entry["blake3"] for name, entry in record["files"].items()}
         found[f"{record['stage']}/{record['fingerprint']}"] = files
     return found
 

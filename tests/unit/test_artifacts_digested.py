@@ -1,12 +1,12 @@
 """Files that are digested while they are written: the digest is that of the bytes on the disk, however they came."""
 
-import hashlib
 import threading
 from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 
 from moestro.artifacts import DigestedFile, digest_files, file_digest
 from moestro.models.weights import NewTensor, StoredWeights, write_weights
@@ -23,13 +23,13 @@ def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
             view[:] = torch.randint(256, (size,), generator=generator, dtype=torch.uint8).numpy().tobytes()
             file.write(view)
         digest = file.hexdigest()
-    assert digest == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+    assert digest == blake3((tmp_path / "file").read_bytes()).hexdigest()
     assert (tmp_path / "file").stat().st_size == sum(sizes)
 
 
 def test_an_empty_file_has_a_digest(tmp_path: Path) -> None:
     with DigestedFile(tmp_path / "file") as file:
-        assert file.hexdigest() == hashlib.sha256().hexdigest()
+        assert file.hexdigest() == blake3().hexdigest()
 
 
 def test_a_file_that_exists_is_left_alone_and_no_thread_stays(tmp_path: Path) -> None:
@@ -65,6 +65,6 @@ def test_known_digests_are_taken_and_all_others_made(tmp_path: Path) -> None:
     (tmp_path / "known").write_bytes(b"a")
     (tmp_path / "unknown").write_bytes(b"b")
     entries = digest_files(tmp_path, {"known": "0" * 64})
-    assert entries["known"].sha256 == "0" * 64
-    assert entries["unknown"].sha256 == hashlib.sha256(b"b").hexdigest()
+    assert entries["known"].blake3 == "0" * 64
+    assert entries["unknown"].blake3 == blake3(b"b").hexdigest()
     assert {entry.size for entry in entries.values()} == {1}

@@ -1,4 +1,4 @@
-"""`DigestedFile`: a new file whose SHA-256 is known as soon as it is written; nothing is read again.
+"""`DigestedFile`: a new file whose BLAKE3 digest is known as soon as it is written; nothing is read again.
 
 Where the file system can, its bytes go past the page cache: a checkpoint would push out all else that lies there, and
 making room for it is slower than the disk. Two threads write and digest while the caller fills the next block.
@@ -6,7 +6,6 @@ making room for it is slower than the disk. Two threads write and digest while t
 
 import errno
 import fcntl
-import hashlib
 import mmap
 import os
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from blake3 import blake3
 
 BLOCK_BYTES = 4 << 20
 PART_BYTES = 1 << 20
@@ -31,7 +32,7 @@ class DigestedFile:
         """Raises `FileExistsError` if there is such a file."""
         self._file = path.open("xb", buffering=0)
         self._direct = _without_page_cache(self._file)
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._digester = ThreadPoolExecutor(max_workers=1)
         self._blocks = cycle([_Block() for _ in range(3)])
@@ -64,7 +65,7 @@ class DigestedFile:
             self._filled(len(room))
 
     def hexdigest(self) -> str:
-        """SHA-256 of the whole file (hex), which ends here."""
+        """BLAKE3 of the whole file (hex), which ends here."""
         self._hand_over()
         for _ in range(3):
             self._block.wait()
@@ -108,7 +109,7 @@ class _Block:
     def __init__(self) -> None:
         self._memory = memoryview(mmap.mmap(-1, BLOCK_BYTES))
         self.length = 0
-        self.busy: list[Future[None]] = []
+        self.busy: list[Future[object]] = []
 
     def room(self) -> memoryview:
         return self._memory[self.length :]

@@ -41,4 +41,4 @@ class Job:
     resources: Resources = field(default_factory=Resources)
     """What may be used; `resources.cpus` has been resolved to this stage's own share of cores."""
     digests: dict[str, str] = field(default_factory=dict)
-    """SHA-256 (hex) of files in `out`, by relative path, that were digested while written; others are read again."""
+    """BLAKE3 (hex) of files in `out`, by relative path, that were digested while written; others are read again."""

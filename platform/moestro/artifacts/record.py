@@ -24,8 +24,8 @@ class Input(Config):
 class FileEntry(Config):
     """One file of an artifact."""
 
-    sha256: str
-    """Digest of its bytes."""
+    blake3: str
+    """Digest of its bytes (hex)."""
     size: int
     """Bytes."""
 
@@ -33,7 +33,7 @@ class FileEntry(Config):
 class Record(Config):
     """Everything known about an artifact: enough to check it, to explain it and to index it."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     """Version of this file's layout."""
     stage: str
     """The stage that made the artifact."""

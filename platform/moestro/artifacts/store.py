@@ -161,7 +161,7 @@ def digest_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[s
     """Digest and size of every file under `folder`, but for its record. Those with a `known` digest are not read."""
     names = {path.relative_to(folder).as_posix(): path for path in all_files(folder) if path != folder / RECORD_NAME}
     return {
-        name: FileEntry(sha256=(known or {}).get(name) or file_digest(path), size=path.stat().st_size)
+        name: FileEntry(blake3=(known or {}).get(name) or file_digest(path), size=path.stat().st_size)
         for name, path in names.items()
     }
 
@@ -179,8 +179,8 @@ def verify(folder: Path, record: Record, *, contents: bool = True) -> None:
         path = folder / name
         if not path.is_file():
             raise ArtifactError(f"Corrupted artifact: {path} is missing.", hint=hint)
-        if path.stat().st_size != entry.size or (contents and file_digest(path) != entry.sha256):
-            raise ArtifactError(f"Corrupted artifact: {path} does not match its digest {entry.sha256[:12]}.", hint=hint)
+        if path.stat().st_size != entry.size or (contents and file_digest(path) != entry.blake3):
+            raise ArtifactError(f"Corrupted artifact: {path} does not match its digest {entry.blake3[:12]}.", hint=hint)
     strays = {path.relative_to(folder).as_posix() for path in all_files(folder)} - set(record.files) - {RECORD_NAME}
     if strays:
         raise ArtifactError(

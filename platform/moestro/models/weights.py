@@ -178,7 +178,7 @@ def write_weights(
     """Write `tensors` into the folder `out`, as one file or, beyond `max_shard_bytes`, as shards with an index.
 
     A tensor's bytes do not depend on how many shards there are. `progress` is told bytes written and bytes in all.
-    Returns the SHA-256 of each weight file, taken while it was written.
+    Returns the BLAKE3 of each weight file, taken while it was written.
     Raises `ValueError` if a made tensor is not of the announced type and shape.
     """
     ordered = sorted(tensors.items(), key=lambda item: (LAYOUT_ORDER.index(CODES[item[1].dtype]), item[0]))

@@ -1,6 +1,6 @@
 """Resumable training checkpoints: files that are there completely or not at all.
 
-    FOLDER/step-00000050-<first digits of its SHA-256>.pt
+    FOLDER/step-00000050-<first digits of its BLAKE3>.pt
 
 A file is written under another name, made durable and renamed. Its digest is part of its name, so one that was
 damaged afterwards is passed over and the one before it is used. It names the run that it belongs to, its owner: another
