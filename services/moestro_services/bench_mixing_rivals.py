@@ -76,7 +76,7 @@ def moestro(folder: Path) -> Rival:
     config.write_text(yaml.safe_dump({"generalist": "none", "router": {"type": "random"}}))
 
     def arguments(count: int, out: Path) -> list[str]:
-        roles = {"seed": "seed"} | {f"branches/{number}": f"branch{number}" for number in range(count)}
+        roles = {"seed": "seed"} | {f"branches/branch{number}": f"branch{number}" for number in range(count)}
         inputs = [part for role, name in roles.items() for part in ("--input", f"{role}={folder / name}")]
         return ["-m", "moestro_services.cli", "stage", "mix", "--config", str(config), "--out", str(out), *inputs]
 

@@ -96,7 +96,7 @@ except ResourceError as error:
 print([path.name[:13] for path in folder.rglob("step-*")], [path.name for path in folder.glob("artifacts/*/*")])
 subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
 made = run_step(ArtifactStore(folder), step, resources=Resources(cpus=1))
-print(json.dumps({name: entry.sha256 for name, entry in made.record.files.items()}))
+print(json.dumps({name: entry.blake3 for name, entry in made.record.files.items()}))
 """
 
 
@@ -202,4 +202,4 @@ def test_a_disk_that_fills_in_training_or_in_publishing_is_told_and_the_stage_re
     assert "it resumes" in message
     assert left == f"['{kept}'] []"
     alone = run_step(ArtifactStore(tmp_path / "alone"), step, resources=Resources(cpus=1))
-    assert json.loads(files) == {name: entry.sha256 for name, entry in alone.record.files.items()}
+    assert json.loads(files) == {name: entry.blake3 for name, entry in alone.record.files.items()}

@@ -172,7 +172,7 @@ def verify(folder: Path, record: Record, *, contents: bool = True) -> None:
     Without `contents` no file is read: those that are missing, of another size, or too many are found all the same.
     """
     hint = (
-        f"Something changed it after it was published. In a store, delete that folder and it will be made again; "
+        "Something changed it after it was published. In a store, delete that folder and it will be made again; "
         f"elsewhere, restore the file, or delete {RECORD_NAME} to use the folder as a plain checkpoint."
     )
     for name, entry in record.files.items():

@@ -17,6 +17,7 @@ from moestro.config.changing import (
     ZeroRow,
 )
 from moestro.config.data import (
+    DOMAIN_NAME,
     BuiltinSource,
     CorpusConfig,
     DataConfig,
@@ -90,6 +91,7 @@ from moestro.config.stages import (
 from moestro.config.training import EarlyStopping, OptimizerConfig, TrainingConfig
 
 __all__ = [
+    "DOMAIN_NAME",
     "AnyBranch",
     "AppendConfig",
     "BipBalance",

@@ -6,7 +6,9 @@ from pydantic import Field
 
 from moestro.config.base import EXECUTION, Config
 
-DomainName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+DOMAIN_NAME = r"^[a-z][a-z0-9_-]{0,31}$"
+"""Pattern of a domain's name."""
+DomainName = Annotated[str, Field(pattern=DOMAIN_NAME)]
 
 
 class TaskConfig(Config):

@@ -22,16 +22,13 @@ from moestro.linting.scan import Scan, scan
 from moestro.linting.spelling import canonical
 from moestro.models.checkpoint import UNUSABLE, is_quantised, meta_model, parse_config
 from moestro.models.files import GENERATION_CONFIG, ORIGINS, TOKENIZERS, read_config, read_json
-from moestro.models.layouts import LAYOUTS, Layout
+from moestro.models.layouts import DRAFT_LAYERS, LAYOUTS, Layout, layer_part
 from moestro.models.weights import StoredTensor, StoredWeights
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
-"""Config fields with the number of layers behind the last one that predict further tokens."""
 PREDICTING_PART = "eh_proj.weight"
-"""What such a layer has and no other."""
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+"""What a layer that drafts further tokens has and no other."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +99,15 @@ class Checkpoint:
         """The parts that are stored of each layer, by its number."""
         found: dict[int, set[str]] = {}
         for name in self.weights:
-            if match := _LAYER.fullmatch(name):
-                found.setdefault(int(match[1]), set()).add(match[2])
+            if place := layer_part(name):
+                found.setdefault(place[0], set()).add(place[1])
         return found
 
     @cached_property
     def predicting_layers(self) -> frozenset[int]:
         """Stored layers behind the last one that predict further tokens, as the config declares them."""
         last = int(self.text.num_hidden_layers)
-        declared = [getattr(self.text, field, 0) for field in PREDICTING]
+        declared = [getattr(self.text, field, 0) for field in DRAFT_LAYERS]
         count = max(value if isinstance(value, int) else 0 for value in declared)
         numbers = self.layers.keys() & set(range(last, last + count))
         return frozenset(number for number in numbers if not self.layout or PREDICTING_PART in self.layers[number])
@@ -132,8 +129,8 @@ class Checkpoint:
         except (InputError, *UNUSABLE):
             return None
         missing = {name for name, shape in expected.items() if prod(shape)} - self.weights.keys()
-        places = [match for name in missing if not name.endswith("bias") and (match := _LAYER.fullmatch(name))]
-        return None if any(int(match[1]) in self.layers_behind for match in places) else expected
+        places = [place for name in missing if not name.endswith("bias") and (place := layer_part(name))]
+        return None if any(layer in self.layers_behind for layer, _ in places) else expected
 
     @property
     def layers_to_count(self) -> int | None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from moestro.artifacts import RECORD_NAME, disk_space_errors, sync
 from moestro.errors import InputError
-from moestro.linting.checkpoint import Checkpoint, refused
+from moestro.linting.checkpoint import Checkpoint
 from moestro.linting.draft import Draft
 from moestro.linting.rule import Engine, Finding
 from moestro.linting.rules import RULES
 from moestro.models.files import CONFIG, read_config
-from moestro.models.layouts import routed_experts
+from moestro.models.layouts import EXPERT_COUNTS
 from moestro.models.weights import write_weights
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -38,7 +38,7 @@ def lint(
     bytes in all. Raises `InputError` if there is no config.json, or it is a dense model's.
     """
     parsed = read_config(folder)
-    if not refused(lambda: routed_experts(parsed)) and not routed_experts(parsed):
+    if not any(parsed.get(field) for field in EXPERT_COUNTS):
         raise InputError(
             f"{folder} is a dense model, or none that says how many experts it has.",
             hint="lint checks Mixture-of-Experts.",

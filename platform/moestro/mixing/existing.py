@@ -8,7 +8,6 @@ E experts, D hidden, F intermediate.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -22,14 +21,11 @@ from moestro.artifacts import Job
 from moestro.errors import InputError
 from moestro.models.checkpoint import load_config, save_files_beside
 from moestro.models.files import CONFIG, ORIGINS, check_folder, read_origins
-from moestro.models.layouts import LAYOUTS, PROJECTIONS, Layout, layout_of, routed_experts
+from moestro.models.layouts import DRAFT_LAYERS, LAYOUTS, PROJECTIONS, Layout, layer_part, layout_of, routed_experts
 from moestro.models.weights import NewTensor, StoredTensor, StoredWeights, write_weights
 
 UNKNOWN = ""
 """Origin of an expert of a checkpoint that does not say what its experts were made from."""
-DRAFT_LAYERS = {"num_nextn_predict_layers", "num_mtp_layers"}
-"""Config fields with the number of layers behind the last one."""
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 BLOCK_DEPTH = 4
 """Parts of a name that lead to a layer's sparse block: model, layers, number, block."""
 
@@ -76,12 +72,12 @@ class ExistingMoe:
             raise InputError(f"{folder} is a dense model, it has no experts to change.", hint="Mix it first.")
         layout, config = layout_of(stored), load_config(folder, stored)
         candidates = range(config.num_hidden_layers)
-        # A bias of minus infinity takes its expert out of the choice.
+        # Lint tells of minus infinity; the expert that it takes out of the choice may leave like any other.
         biases = [layout.correction_bias.format(layer=layer) for layer in candidates] if layout.correction_bias else []
         weights = StoredWeights(folder, finite=True, but=biases)
         layers = tuple(layer for layer in candidates if layout.router.format(layer=layer) in weights)
-        behind = {number for name in weights if (number := _layer(name)) is not None and number not in candidates}
-        moe = cls(folder, stored, config, layout, weights, layers, tuple(sorted(behind)), origins=())
+        numbers = {place[0] for name in weights if (place := layer_part(name))}
+        moe = cls(folder, stored, config, layout, weights, layers, tuple(sorted(numbers - set(candidates))), origins=())
         if misfits := list(_misfits(moe)):
             raise InputError(
                 f"{folder} does not keep its experts as a {layout.model_type} checkpoint does: {misfits[0]}.",
@@ -139,10 +135,11 @@ class ExistingMoe:
         Both by layer; `kept` by number. Nothing is read yet.
         """
         replaced = {name for layer in self.layers for name in _experts_and_router(self.layout, layer, self.num_experts)}
+        behind = tuple(f"model.layers.{layer}." for layer in self.draft_layers)
         tensors = {
             name: NewTensor.copy(tensor)
             for name, tensor in self.weights.items()
-            if name not in replaced and _layer(name) not in self.draft_layers
+            if name not in replaced and not name.startswith(behind)
         }
         for layer in self.layers:
             tensors.update(self._layer(layer, kept[layer], (added or {}).get(layer)))
@@ -187,7 +184,7 @@ class ExistingMoe:
         job.digests.update(digests)
         # Some classes store the number under another name than their attribute's.
         fields = {layout.num_experts for layout in LAYOUTS.values()} & self.stored.keys() or {self.layout.num_experts}
-        drafts = dict.fromkeys(DRAFT_LAYERS & self.stored.keys(), 0) if self.draft_layers else {}
+        drafts = dict.fromkeys(self.stored.keys() & set(DRAFT_LAYERS), 0) if self.draft_layers else {}
         config = {**self.stored, **dict.fromkeys(sorted(fields), len(origins[0])), **drafts}
         (job.out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         known = any(name != UNKNOWN for layer in origins for name in layer)
@@ -200,12 +197,6 @@ class ExistingMoe:
         expert = len(PROJECTIONS) * self.expert_width * self.config.hidden_size
         idle = len(self.layers) * (num_experts - self.num_experts_per_tok) * expert
         return {"parameters": total, "active_parameters": total - idle}
-
-
-def _layer(name: str) -> int | None:
-    """The number of the layer that a weight called `name` belongs to."""
-    match = _LAYER.match(name)
-    return int(match[1]) if match else None
 
 
 def _gate_above_up(expert: AddedExpert) -> Tensor:

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from moestro.errors import InputError
+from moestro.models.blocks import same_bytes
 from moestro.models.checkpoint import load_config
 from moestro.models.families import feed_forward_part
 from moestro.models.files import check_folder
 from moestro.models.vocabulary import VOCABULARY_WEIGHTS, Clash, Vocabulary, compare_vocabularies
-from moestro.models.weights import StoredTensor, StoredWeights
+from moestro.models.weights import StoredWeights
 
 SEED = "seed"
 IRRELEVANT = {
@@ -50,8 +48,6 @@ KINDS = {
 """Config fields whose differences have a way out of their own, see `WAYS_OUT`."""
 EMBEDDING, HEAD = VOCABULARY_WEIGHTS
 BUFFER = "rotary_emb.inv_freq"
-BLOCK_BYTES = 16 << 20
-"""How much of a weight is compared at a time."""
 SHOWN = 5
 """How many differing weights an error lists per branch."""
 WAYS_OUT = {
@@ -118,20 +114,7 @@ class _Model:
         tied = config.tie_word_embeddings and HEAD in stored
         names = [name for name in stored if not (tied and name == HEAD) and not name.endswith(BUFFER)]
         weights = {name: (stored[name].code, shape(name)) for name in names}
-        return cls(folder, parsed, config, weights, tied and not _same_bytes(stored[HEAD], stored[EMBEDDING]))
-
-
-def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two matrices are of the same type, shape and bits, block by block."""
-    if (one.code, one.shape) != (other.code, other.shape):
-        return False
-    count = one.shape[0]
-    rows = max(1, BLOCK_BYTES * count // max(1, one.length))
-    starts = range(0, count, rows)
-    pairs = (
-        (one.rows(start, min(start + rows, count)), other.rows(start, min(start + rows, count))) for start in starts
-    )
-    return all(np.array_equal(a.view(torch.uint8).numpy(), b.view(torch.uint8).numpy()) for a, b in pairs)
+        return cls(folder, parsed, config, weights, tied and not same_bytes(stored[HEAD], stored[EMBEDDING]))
 
 
 def check_same_kind(

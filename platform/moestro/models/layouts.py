@@ -5,6 +5,7 @@ fused layouts hold all experts of a layer in gate_up_proj [E, 2F, D] (gate above
 E experts, D hidden, F intermediate.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from moestro.errors import InputError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+DRAFT_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Config fields with the number of layers behind the last one, which draft further tokens."""
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,12 @@ LAYOUTS: dict[str, Layout] = {
 
 EXPERT_COUNTS = tuple(dict.fromkeys(layout.num_experts for layout in LAYOUTS.values()))
 """Config fields that hold the number of routed experts, in one architecture or another."""
+
+
+def layer_part(name: str) -> tuple[int, str] | None:
+    """The number of the layer that a weight called `name` belongs to, and what it is there; None outside layers."""
+    match = _LAYER.fullmatch(name)
+    return (int(match[1]), match[2]) if match else None
 
 
 def routed_experts(config: Mapping[str, Any]) -> int:

@@ -15,13 +15,12 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from moestro.artifacts import Artifact, ArtifactStore
-from moestro.config import Config, EvaluateConfig, Resources, read_yaml, validate
+from moestro.config import DOMAIN_NAME, Config, EvaluateConfig, Resources, read_yaml, validate
 from moestro.errors import BusyError, ConfigError, InputError
 from moestro_services.cli.output import Json, emit
 from moestro_services.cli.progress import LiveProgress
 
-DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-DOMAIN_NAME_HINT = "Letters, digits, dots, dashes and underscores, the first a letter or digit."
+DOMAIN_NAME_HINT = "Small letters, digits, dashes and underscores, 32 at most, the first a letter."
 
 
 def stage(
@@ -175,7 +174,7 @@ def _inputs(name: str, pairs: list[str]) -> dict[str, Any]:
         if not equals or not folder or top not in stage.inputs or bool(slash and key) != (top in stage.per_domain):
             wanted = ", ".join(_roles(name)) or "none"
             raise ConfigError(f"{pair}: expected ROLE=FOLDER with a role of {name}: {wanted}.")
-        if slash and not DOMAIN_NAME.fullmatch(key):
+        if slash and not re.fullmatch(DOMAIN_NAME, key):
             raise ConfigError(f"{pair}: {key!r} is no name of a domain.", hint=DOMAIN_NAME_HINT)
         if role in folders:
             raise ConfigError(f"--input {role} is given twice.", hint="Each role takes one folder.")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from moestro.linting.checkpoint import EMBEDDING, HEAD, Checkpoint
 from moestro.linting.draft import Draft
 from moestro.linting.rule import Rule, Trouble
-from moestro.linting.scan import same
+from moestro.models.blocks import same_bytes
 
 NEVER_TIED = {"glm4_moe", "olmoe"}
 """Architectures whose class in vLLM has an output head of its own whatever the config says."""
@@ -47,7 +47,7 @@ TIED_HEAD = Rule(
 def _second(checkpoint: Checkpoint) -> Iterator[Trouble]:
     weights = checkpoint.weights
     stored = HEAD in weights and EMBEDDING in weights
-    if checkpoint.config.tie_word_embeddings and stored and not same(weights[HEAD], weights[EMBEDDING]):
+    if checkpoint.config.tie_word_embeddings and stored and not same_bytes(weights[HEAD], weights[EMBEDDING]):
         yield Trouble(
             where=(TIE, HEAD),
             what="The output head is tied to the embedding, and one that differs from it is stored.",

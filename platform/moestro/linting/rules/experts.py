@@ -14,7 +14,7 @@ from moestro.errors import InputError
 from moestro.linting.checkpoint import Checkpoint
 from moestro.linting.draft import Draft
 from moestro.linting.rule import Rule, Trouble, counted, some
-from moestro.linting.scan import same
+from moestro.models.blocks import same_bytes
 from moestro.models.files import ORIGINS, read_json
 from moestro.models.layouts import EXPERT_COUNTS, PROJECTIONS
 from moestro.models.weights import NewTensor, StoredTensor
@@ -209,7 +209,7 @@ def first_experts_differ_by(checkpoint: Checkpoint) -> float | None:
     one, other = (expert["gate_proj"] for expert in pairs)
     if one.shape != other.shape:
         return None
-    if same(one, other):
+    if same_bytes(one, other):
         return 0.0
     first, second = (tensor.rows(0, min(COMPARED_ROWS, tensor.shape[0])).double().flatten() for tensor in (one, other))
     return float(1 - torch.nn.functional.cosine_similarity(first, second, dim=0))

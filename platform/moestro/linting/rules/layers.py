@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from moestro.linting.checkpoint import PREDICTING, Checkpoint, matches, with_layers
+from moestro.linting.checkpoint import Checkpoint, matches, with_layers
 from moestro.linting.draft import Draft
 from moestro.linting.rule import Rule, Trouble, counted, some
-from moestro.models.layouts import LAYOUTS, routed_experts
+from moestro.models.layouts import DRAFT_LAYERS, LAYOUTS, routed_experts
 
 FIELD = "num_hidden_layers"
 
@@ -57,7 +57,7 @@ def _predicting(checkpoint: Checkpoint) -> Iterator[Trouble]:
             f"{'; '.join(wrong.values())}.",
             transformers="Does not read these layers.",
             vllm="Raises an error, or leaves experts uninitialised, when it is to predict several tokens.",
-            remedy=f"Take them from the original, or leave them out and set {PREDICTING[0]} to 0.",
+            remedy=f"Take them from the original, or leave them out and set {DRAFT_LAYERS[0]} to 0.",
             affects=("vllm",),
         )
 

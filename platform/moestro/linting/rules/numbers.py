@@ -10,7 +10,7 @@ from torch import Tensor
 from moestro.linting.checkpoint import Checkpoint
 from moestro.linting.draft import Draft
 from moestro.linting.rule import Rule, Trouble, counted, some
-from moestro.linting.scan import blocks
+from moestro.linting.scan import computable_blocks
 from moestro.models.weights import NewTensor, StoredTensor
 
 KEPT_IN_FLOAT32 = ("e_score_correction_bias",)
@@ -110,7 +110,7 @@ def _single(checkpoint: Checkpoint, draft: Draft) -> None:
 
 
 def _cast(tensor: NewTensor) -> Iterator[Tensor]:
-    parts = blocks(tensor.source) if isinstance(tensor.source, StoredTensor) else tensor.source()
+    parts = computable_blocks(tensor.source) if isinstance(tensor.source, StoredTensor) else tensor.source()
     for block in parts:
         yield block.float()
 
