@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, str] = {
     "mixing": "moestro_services.bench_mixing:bench",
     "training": "moestro_services.bench_training:bench",
     "upcycling": "moestro_services.upcycling.bench:bench",
+    "upcycling-pretrained": "moestro_services.upcycling.pretrained:bench",
     "specialisation": "moestro_services.upcycling.specialisation:bench",
     "losses": "moestro_services.upcycling.losses:bench",
 }

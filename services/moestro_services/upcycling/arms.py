@@ -7,8 +7,7 @@ or, where it says so, the same wall clock, in which the branches are trained sid
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from moestro.artifacts import Artifact
@@ -38,7 +37,7 @@ class Scale:
     lifecycle: LifecycleConfig
     """Whose domains, tokens and seed model are taken."""
     seed_steps: int = 1500
-    """Steps of the seed, whose loss then falls by less than 1% in their last fifth."""
+    """Steps of a seed that is pre-trained here, whose loss then falls by less than 1% in their last fifth."""
     branch_steps: int = 200
     tune_steps: int = 200
     batch_size: int = 16
@@ -73,27 +72,28 @@ class Outcome:
 
 @dataclass
 class Arms:
-    """The rivals of one random seed."""
+    """The rivals of one random seed. Nothing is kept here: the lab makes each result once."""
 
     lab: Lab
     scale: Scale
-    _branches: dict[Trainable, dict[str, Artifact]] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def corpora(self) -> dict[str, Artifact]:
         """The domains' text, the same for every random seed."""
         configs = self.scale.lifecycle.data.corpus_configs()
         return {name: self.lab.run("corpus", config, name) for name, config in configs.items()}
 
-    @cached_property
+    @property
     def seed(self) -> Artifact:
         """The dense model that all start from."""
-        given = self.scale.lifecycle.seed
-        assert isinstance(given, PretrainSeed)
-        training = given.training.model_copy(update={"steps": self.scale.seed_steps, "seed": self.lab.seed})
-        return self.lab.run("seed", given.model_copy(update={"training": training}), corpora=self.corpora)
+        lifecycle = self.scale.lifecycle
+        config = lifecycle.seed
+        if isinstance(config, PretrainSeed):
+            training = config.training.model_copy(update={"steps": self.scale.seed_steps, "seed": self.lab.seed})
+            config = config.model_copy(update={"training": training})
+        return self.lab.run("seed", config, corpora={name: self.corpora[name] for name in lifecycle.seed_text()})
 
-    @cached_property
+    @property
     def tokens(self) -> dict[str, Artifact]:
         """By domain."""
         config = self.scale.lifecycle.tokens
@@ -116,19 +116,17 @@ class Arms:
 
     def branches(self, trainable: Trainable) -> dict[str, Artifact]:
         """One copy of the seed per domain, trained on it alone."""
-        if trainable not in self._branches:
-            training = self.training(steps=self.scale.branch_steps)
-            self._branches[trainable] = {
-                name: self.lab.run(
-                    "branch",
-                    BranchConfig(domain=name, training=training, trainable=trainable),
-                    f"{name}, {trainable}",
-                    seed=self.seed,
-                    tokens=tokens,
-                )
-                for name, tokens in self.tokens.items()
-            }
-        return self._branches[trainable]
+        training = self.training(steps=self.scale.branch_steps)
+        return {
+            name: self.lab.run(
+                "branch",
+                BranchConfig(domain=name, training=training, trainable=trainable),
+                f"{name}, {trainable}",
+                seed=self.seed,
+                tokens=tokens,
+            )
+            for name, tokens in self.tokens.items()
+        }
 
     def dense(self, what: str, **budget: float) -> Artifact:
         """The seed trained on all domains in equal parts."""

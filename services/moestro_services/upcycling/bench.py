@@ -64,11 +64,15 @@ def on_all_seeds(
     try:
         workshop = Workshop(Home.current().path / "bench", cluster, _tell)
         with ThreadPoolExecutor(max_workers=MAX_WAITING) as pool:
-            running = [
-                {name: pool.submit(make) for name, make in wanted(Arms(Lab(workshop, seed), scale)).items()}
-                for seed in seeds
-            ]
-            found = [{name: future.result() for name, future in one.items()} for one in running]
+            try:
+                running = [
+                    {name: pool.submit(make) for name, make in wanted(Arms(Lab(workshop, seed), scale)).items()}
+                    for seed in seeds
+                ]
+                found = [{name: future.result() for name, future in one.items()} for one in running]
+            finally:  # on Ctrl-C, nobody waits for what is running
+                workshop.stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
     finally:
         cluster.shutdown()
     return {name: [one[name] for one in found] for name in found[0]}

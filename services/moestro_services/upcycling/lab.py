@@ -28,7 +28,8 @@ class Workshop:
         self.tell = tell
         self._made: dict[tuple[str, ...], Future[Artifact]] = {}
         self._lock = threading.Lock()
-        self.failed = threading.Event()
+        self.stop = threading.Event()
+        """Ends what is running; set by the first failure, or by whoever waits no longer."""
 
     def run(self, name: str, stage: str, config: Config, inputs: Mapping[str, Any]) -> Artifact:
         """The artifact, on one core of the cluster. Raises what the stage raises."""
@@ -42,7 +43,7 @@ class Workshop:
         try:
             future.set_result(self._run(name, Step(stage, config, inputs)))
         except BaseException as error:
-            self.failed.set()
+            self.stop.set()
             future.set_exception(error)
             raise
         return future.result()
@@ -51,7 +52,7 @@ class Workshop:
         identity = step.identity(step.roles())
         found = self.store.find(step.stage, identity)
         artifact = found or self.cluster.run(
-            self.store, step, resources=Resources(cpus=1), reporter=_Quiet(), stopped=self.failed.is_set
+            self.store, step, resources=Resources(cpus=1), reporter=_Quiet(), stopped=self.stop.is_set
         )
         self.tell(f"{name}: {'found' if found else f'{artifact.record.seconds:.0f} s'}")
         return artifact

@@ -1,0 +1,91 @@
+"""The benches of recipes at toy size: every rival trains for real, on the budget it is said to have."""
+
+from pathlib import Path
+
+import pytest
+
+from moestro.config import load_lifecycle
+from moestro_services.upcycling import bench, losses, pretrained, rivals, specialisation
+from moestro_services.upcycling.arms import Outcome, Scale
+from moestro_services.upcycling.bench import CONFIG, measure, on_all_seeds, report
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+SMALL = Scale(
+    load_lifecycle(CONFIG),
+    seed_steps=20,
+    branch_steps=12,
+    tune_steps=12,
+    batch_size=4,
+    sequence_length=64,
+    held_out_tokens=2048,
+)
+EQUAL_FLOPS = {rivals.DENSE, rivals.SPARSE, *rivals.MIXES}
+STEP = 0.1
+"""Budgets are met to whole steps; a step of the smallest budget here is less than this share of it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One home for all benches: each goes on from what the others trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("MOESTRO_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def table(home: Path) -> dict[str, list[Outcome]]:
+    return measure(SMALL, (0, 1))
+
+
+def test_every_rival_is_measured_on_every_domain_from_every_seed(table: dict[str, list[Outcome]]) -> None:
+    assert {name for bound in bench.BOUNDS for name in bound[:2]} <= table.keys()
+    for name, outcomes in table.items():
+        assert [set(outcome.losses) for outcome in outcomes] == [set(SMALL.domains)] * 2, name
+        assert outcomes[0].losses != outcomes[1].losses, name
+
+
+def test_equal_flops_are_equal(table: dict[str, list[Outcome]]) -> None:
+    for name in EQUAL_FLOPS:
+        for outcome, published in zip(table[name], table["BTX as published"], strict=True):
+            assert outcome.flops == pytest.approx(published.flops, rel=STEP), name
+
+
+def test_training_helps_and_the_report_says_by_how_much(table: dict[str, list[Outcome]]) -> None:
+    found = report(table, (0, 1))
+    assert [row[0] for row in found["rows"]] == list(table)
+    assert all(len(row) == len(found["columns"]) for row in found["rows"])
+    for rival in (rivals.DENSE, rivals.RECIPE):
+        for outcome, seed in zip(table[rival], table[rivals.SEED], strict=True):
+            assert outcome.perplexity < seed.perplexity
+    assert [bound["value"] < 1 for bound in found["bounds"][:1]] == [True]
+
+
+def test_a_second_run_trains_nothing(table: dict[str, list[Outcome]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure(SMALL, (0,))[rivals.RECIPE][0] == table[rivals.RECIPE][0]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seed 0")]
+    assert told
+    assert all(line.endswith(": found") for line in told)
+
+
+def test_specialisation_compares_routing_by_layer(table: dict[str, list[Outcome]]) -> None:
+    found = on_all_seeds(SMALL, (0,), specialisation.models)
+    layers = 4
+    assert all(len(routing[0].distances) == layers for routing in found.values())
+    assert found[rivals.RECIPE][0].share > 1
+    assert len(specialisation.report(found)["rows"]) == len(found)
+
+
+def test_losses_are_compared_on_one_mixture(table: dict[str, list[Outcome]]) -> None:
+    found = on_all_seeds(SMALL, (0,), losses.runs)
+    assert found.keys() == losses.SOFTMAX.keys() | losses.BIASED.keys()
+    assert len(losses.report(found)["rows"]) == len(found)
+
+
+def test_the_shorter_list_judges_by_the_best_branch_of_each_domain(table: dict[str, list[Outcome]]) -> None:
+    found = {name: one[0] for name, one in on_all_seeds(SMALL, (0,), pretrained.shorter_list).items()}
+    bounds = pretrained.report(found)["bounds"]
+    assert len(bounds) == 2 * len(SMALL.domains)
+    for name, domain in enumerate(SMALL.domains):
+        best = min(outcome.losses[domain] for rival, outcome in found.items() if rival.startswith("branch "))
+        assert bounds[2 * name]["value"] == pytest.approx(found[rivals.RECIPE].losses[domain] / best)
