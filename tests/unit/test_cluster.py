@@ -1,23 +1,28 @@
 """Stages as Ray tasks: a worker killed with SIGKILL is replaced, and its stage goes on where it was."""
 
+import asyncio
 import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from moestro.artifacts import Artifact, ArtifactStore, SilentReporter
 from moestro.cluster import Cluster
+from moestro.cluster.board import BoardReporter
 from moestro.config import EvaluateConfig, Resources
 from moestro.execution import Step, run_step
 from moestro_flows.home import Home
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 DEADLINE = 500.0
+WAIT_FOR_A_MISTAKE = 5.0
+"""Seconds in which a task starts that must not."""
 
 
 class Recorder(SilentReporter):
@@ -98,3 +103,37 @@ def test_what_measures_runs_in_one_process_that_yields_and_is_replaced(
     for done, artifact in zip(steps, (first, second), strict=True):
         alone = run_step(ArtifactStore(tmp_path / "undisturbed"), done, resources=resources)
         assert artifact.record.files == alone.record.files
+
+
+class SlowBoard:
+    """Answers `begin` when it is told to."""
+
+    def __init__(self) -> None:
+        self.asked, self.free = asyncio.Event(), asyncio.Event()
+
+    async def begin(self, _key: str) -> int:
+        self.asked.set()
+        await self.free.wait()
+        return 1
+
+    async def wait_until_asked(self) -> None:
+        await self.asked.wait()
+
+    async def answer(self) -> None:
+        self.free.set()
+
+
+def test_a_worker_that_waits_for_the_board_keeps_its_cores(cluster: Cluster) -> None:
+    import ray
+
+    def begin(board: Any) -> int:
+        return int(BoardReporter(board, "key").attempt)
+
+    with cluster.using():
+        board = ray.remote(SlowBoard).options(num_cpus=0, max_concurrency=4).remote()
+        first = ray.remote(begin).options(num_cpus=1).remote(board)
+        ray.get(board.wait_until_asked.remote())
+        second = ray.remote(lambda: 2).options(num_cpus=1).remote()
+        assert ray.wait([second], timeout=WAIT_FOR_A_MISTAKE)[0] == []
+        ray.get(board.answer.remote())
+        assert ray.get([first, second]) == [1, 2]

@@ -53,11 +53,10 @@ class BoardReporter:
     """The worker's end of the board: sends at most twice a second."""
 
     def __init__(self, board: Any, key: str) -> None:
-        import ray
-
         self.board = board
         self.key = key
-        self.attempt = ray.get(board.begin.remote(key))
+        # While a task waits in `ray.get`, Ray gives its cores to the next: two would then train on the cores of one.
+        self.attempt = board.begin.remote(key).future().result()
         self.buffer: list[tuple[Any, ...]] = []
         self.sent = 0.0
 

@@ -86,7 +86,8 @@ def _member(config: dict[str, Any]) -> Artifact | None:
     from moestro.training import parallel
 
     step, resources = config["step"], config["resources"]
-    ray.get(config["board"].place.remote(config["key"], ray.util.get_current_placement_group()))
+    place = config["board"].place.remote(config["key"], ray.util.get_current_placement_group())
+    place.future().result()  # not `ray.get`, see `BoardReporter`
     if parallel.rank() > 0:
         if scratch := parallel.broadcast(None):
             follow_step(step, scratch, resources=resources)
