@@ -6,7 +6,7 @@ config does not renormalise. Gradients reach every expert and every logit in eve
 compute. The checkpoint is served as it always is, by the top K. Where gates are renormalised the layer's output keeps
 its scale; otherwise a served token lacks the gate mass of the experts beyond K.
 
-So that the top K stand for all, the loss (section 3.2) is, per layer, minus the mutual information of token and expert
+So that the top K stand for all, the loss is, per layer, minus the mutual information of token and expert
     L = -H(mean over tokens of p) + mean over tokens of H(p),    H(p) = -sum_i p_i log p_i,
 with p = softmax(logits), or s / sum_j s_j. It is -log E where every token is sure of one expert and experts are taken
 alike, and 0 where all tokens are routed alike. The mean is taken over a micro-batch.

@@ -2,7 +2,7 @@
 
 While it trains, no router decides: in every layer and micro-batch the tokens are dealt to the experts at random, in
 equal parts (their numbers differ by one at most), one expert per token. After each optimiser step every expert is
-drawn towards the mean of the others (section 3.2),
+drawn towards the mean of the others,
     W_i <- (1 - beta) W_i + beta / (E - 1) sum_{j != i} W_j,
 with beta rising linearly over the run from 0 to `share`. The mean of the experts stays what it was and their distances
 from it shrink by 1 - beta E / (E - 1) per step.
