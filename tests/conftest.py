@@ -1,4 +1,4 @@
-"""Settings for all tests, and tiny Mixture-of-Experts models of every architecture."""
+"""Settings for all tests, and tiny models: config fields of dense ones, and Mixtures-of-Experts of every kind."""
 
 import os
 from collections.abc import Callable
@@ -13,15 +13,18 @@ _SMALL = {
     "vocab_size": 320,
     "hidden_size": 64,
     "num_hidden_layers": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_DENSE = _SMALL | {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+_SPARSE = _SMALL | {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 32,
     "max_position_embeddings": 256,
     "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
 }
 _GLM = {"n_shared_experts": 1, "first_k_dense_replace": 0, "partial_rotary_factor": 1.0, "routed_scaling_factor": 1.5}
 MOE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,6 +39,12 @@ MOE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe grouped": ("glm4_moe", _GLM | {"n_group": 3, "topk_group": 2, "attention_bias": True}),
 }
 """Architecture and config fields of what mixing makes, and of OLMoE, which leaves its gates as they are."""
+
+
+@pytest.fixture(scope="session")
+def dense_fields() -> dict[str, Any]:
+    """Config fields of a tiny dense model, whatever its architecture."""
+    return dict(_DENSE)
 
 
 @pytest.fixture(params=MOE_KINDS)
@@ -59,7 +68,7 @@ def tiny_moe() -> Callable[..., Any]:
         model_type, special = MOE_KINDS[kind]
         layout = LAYOUTS[model_type]
         sizes = {"intermediate_size": 96, layout.expert_width: 96, layout.num_experts: num_experts}
-        config = AutoConfig.for_model(model_type, **_SMALL | sizes | special | fields)
+        config = AutoConfig.for_model(model_type, **_SPARSE | sizes | special | fields)
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         for name, bias in model.named_buffers():

@@ -22,26 +22,17 @@ from moestro_flows.home import Home
 from moestro_flows.summary import figures
 from moestro_services.cli.app import app
 
-SMALL = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
-}
-
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory, dense_fields: dict[str, Any]) -> Path:
     """`moe` of code, docs and the seed, the branch `law`, and `tokens` of law and code."""
     root = tmp_path_factory.mktemp("models")
     train_bpe(["while True: pass"] * 4, 300).save_pretrained(root / "tokenizer")
+    small = dense_fields | {"initializer_range": 0.02}
     torch.manual_seed(0)
-    moe = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2))
+    moe = AutoModelForCausalLM.from_config(MixtralConfig(**small, num_local_experts=3, num_experts_per_tok=2))
     save_model(moe, root / "moe", tokenizer_from=root / "tokenizer", origins=[["code", "docs", "seed"]] * 2)
-    law = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, rms_norm_eps=1e-5))
+    law = AutoModelForCausalLM.from_config(LlamaConfig(**small, rms_norm_eps=1e-5))
     law.config.rope_parameters = moe.config.rope_parameters
     law.config.rms_norm_eps = moe.config.rms_norm_eps
     save_model(law, root / "law", tokenizer_from=root / "tokenizer")

@@ -1,4 +1,4 @@
-"""A private PostgreSQL for the tests that need one, and a branch that trains for some seconds."""
+"""A private PostgreSQL for the tests that need one, a branch that trains for some seconds, and models to be mixed."""
 
 import getpass
 import os
@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -94,5 +94,145 @@ def branch_step(tmp_path: Path) -> Callable[..., Any]:
     def make(steps: int, **fields: Any) -> Step:
         training = TrainingConfig(steps=steps, **usual | {"max_epochs": 10_000.0} | fields)
         return Step("branch", BranchConfig(domain="code", training=training), inputs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of a tokenizer of fewer than 300 ids."""
+    from moestro.data.tokenizer import train_bpe
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(["while True: pass"] * 4, 300).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_dense(dense_fields: dict[str, Any], tokenizer: Path) -> Callable[..., Path]:
+    """Writes a dense checkpoint with the random weights of a seed. Further arguments are fields of its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from moestro.models.checkpoint import save_model
+
+    def write(
+        folder: Path,
+        seed: int,
+        *,
+        kind: str = "llama",
+        dtype: Any = torch.float32,
+        tokenizer_from: Path = tokenizer,
+        **fields: Any,
+    ) -> Path:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **dense_fields | fields), dtype=dtype)
+        save_model(model, folder, tokenizer_from=tokenizer_from)
+        return folder
+
+    return write
+
+
+DENSE = {
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2",
+    "qwen3_moe": "qwen3",
+    "flex_olmo": "olmo2",
+    "granitemoe": "granite",
+    "glm4_moe": "llama",
+}
+"""`model_type` of a dense model by that of the Mixture-of-Experts it becomes."""
+
+
+class Family:
+    """Dense checkpoints in the folder `root`, and what they are mixed to, of the type `target`."""
+
+    def __init__(self, root: Path, target: str, write_dense: Callable[..., Path]) -> None:
+        self.root, self.target, self.write_dense = root, target, write_dense
+
+    def dense(self, name: str, seed: int, **fields: Any) -> Any:
+        from moestro.artifacts import Artifact
+
+        own = {"head_dim": 16} if self.target == "qwen3_moe" else {}
+        self.write_dense(self.root / name, seed, kind=DENSE[self.target], **own | fields)
+        return Artifact(self.root / name, "branch", name)
+
+    def four(self) -> list[Any]:
+        """A seed, and its branches `code`, `docs` and `law`."""
+        return [self.dense(name, number) for number, name in enumerate(("seed", "code", "docs", "law"))]
+
+    def mixed(self, name: str, branches: dict[str, Any], seed: Any, **fields: Any) -> Any:
+        from moestro.artifacts import Artifact, Job
+        from moestro.config import MixConfig, RandomRouter
+        from moestro.mixing import mix
+
+        out = self.root / name
+        out.mkdir()
+        config = MixConfig(target=self.target, router=RandomRouter(std=0.5), **fields)
+        mix(config, seed=seed, branches=branches, tokens={}, job=Job(out=out, scratch=self.root))
+        return Artifact(out, "mix", name)
+
+    def three_mixed(self) -> tuple["Family", Any, Any]:
+        """Itself, the mix of `code`, `docs` and the seed, and the branch `law`, which is not in it."""
+        seed, code, docs, law = self.four()
+        return self, self.mixed("moe", {"code": code, "docs": docs}, seed), law
+
+
+@pytest.fixture(scope="session")
+def make_family(write_dense: Callable[..., Path]) -> Callable[[Path, str], Family]:
+    """Makes a `Family` in a folder, by the type of its Mixture-of-Experts."""
+    return lambda root, target: Family(root, target, write_dense)
+
+
+@pytest.fixture(scope="module", params=DENSE)
+def mixed_family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_family: Callable[[Path, str], Family]
+) -> tuple[Family, Any, Any]:
+    """`Family.three_mixed` of every type, one after the other."""
+    return make_family(tmp_path_factory.mktemp(request.param), request.param).three_mixed()
+
+
+@pytest.fixture(scope="session")
+def mixtral_family(
+    tmp_path_factory: pytest.TempPathFactory, make_family: Callable[[Path, str], Family]
+) -> tuple[Family, Any, Any]:
+    """`Family.three_mixed` of a Mixtral."""
+    return make_family(tmp_path_factory.mktemp("mixtral"), "mixtral").three_mixed()
+
+
+@pytest.fixture(scope="session")
+def run_append() -> Callable[..., dict[str, Any]]:
+    """Appends a branch to a model and returns the stage's result. Further arguments are fields of its config."""
+    from moestro.artifacts import Job
+    from moestro.config import AppendConfig
+    from moestro.mixing import append
+
+    def run(model: Any, branch: Any, out: Path, tokens: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+        out.mkdir(parents=True)
+        config = AppendConfig(**{"domain": "law", "router": {"type": "mean"}} | fields)
+        return append(config, model=model, branch=branch, tokens=tokens or {}, job=Job(out=out, scratch=out.parent))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start_context(dense_fields: dict[str, Any]) -> Callable[..., Any]:
+    """What a router starts from, by a mix's config and folders of models and tokens of `code`, `docs` and `sums`."""
+    from moestro.mixing.recipes import plan_experts
+    from moestro.mixing.starts.context import StartContext
+    from moestro.models.weights import StoredWeights
+
+    def make(config: Any, models: Mapping[str, Path], tokens: Mapping[str, Path]) -> StartContext:
+        widths = dict.fromkeys(("code", "docs", "sums", "seed"), dense_fields["intermediate_size"])
+        return StartContext(
+            plan=plan_experts(config, widths),
+            layers=dense_fields["num_hidden_layers"],
+            hidden=dense_fields["hidden_size"],
+            longest=512,
+            unknown_ids=range(320, 320),
+            folders=models,
+            models={name: StoredWeights(folder) for name, folder in models.items()},
+            tokens=tokens,
+        )
 
     return make

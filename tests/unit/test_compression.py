@@ -230,14 +230,13 @@ def test_groups_stay_of_equal_size_and_of_two_experts_at_least(
 
 
 def test_dense_models_and_foreign_origins_are_refused(
-    tiny_moe: Build, tokenizer: Path, tokens: Tokens, tmp_path: Path
+    tiny_moe: Build, dense_fields: dict[str, Any], tokenizer: Path, tokens: Tokens, tmp_path: Path
 ) -> None:
     source = write_moe(tmp_path / "moe", tiny_moe("mixtral"), tokenizer)
     (source.path / "experts.json").write_text(json.dumps({"origins": [NAMES]}))
     with pytest.raises(InputError, match="belongs to another checkpoint"):
         run(source, tokens, tmp_path / "one")
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    dense = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=4))
+    dense = AutoModelForCausalLM.from_config(LlamaConfig(**dense_fields))
     save_model(dense, tmp_path / "dense", tokenizer_from=tokenizer)
     with pytest.raises(InputError, match="no tokens"):
         run(source, {}, tmp_path / "none")

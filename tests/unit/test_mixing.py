@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+from transformers import AutoTokenizer
 
 from moestro.artifacts import Artifact, Job
 from moestro.config import MixConfig
@@ -22,28 +22,12 @@ from moestro.models.files import read_origins
 from moestro.models.routers import routers
 from moestro.models.routing import record_routes
 
-FIELDS = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.2,
-}
+Write = Callable[..., Artifact]
 DOMAINS = ("code", "docs", "sums")
 
 
 def artifact(folder: Path, stage: str = "branch") -> Artifact:
     return Artifact(folder, stage, folder.name)
-
-
-def write_dense(folder: Path, seed: int, tokenizer: Path, dtype: torch.dtype, **fields: Any) -> Artifact:
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**FIELDS | fields), dtype=dtype)
-    save_model(model, folder, tokenizer_from=tokenizer)
-    return artifact(folder)
 
 
 def write_tokens(folder: Path, low: int, high: int, count: int = 4000) -> Artifact:
@@ -55,21 +39,20 @@ def write_tokens(folder: Path, low: int, high: int, count: int = 4000) -> Artifa
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write(tmp_path_factory: pytest.TempPathFactory, write_dense: Callable[..., Path]) -> Write:
+    """Writes a model with tied embeddings and a chat template. Further arguments are fields of its config."""
     folder = tmp_path_factory.mktemp("tokenizer")
     made = train_bpe(["for x in range(10): pass"] * 4, 300)
     made.chat_template = "{{ messages[0]['content'] }}"
     made.save_pretrained(folder)
-    return folder
+    own = {"tokenizer_from": folder, "tie_word_embeddings": True, "pad_token_id": None}
+    return lambda path, seed, **fields: artifact(write_dense(path, seed, **own | fields))
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Artifact]:
+def members(tmp_path_factory: pytest.TempPathFactory, write: Write) -> dict[str, Artifact]:
     root = tmp_path_factory.mktemp("members")
-    return {
-        name: write_dense(root / name, number, tokenizer, torch.float32)
-        for number, name in enumerate(("seed", *DOMAINS))
-    }
+    return {name: write(root / name, number) for number, name in enumerate(("seed", *DOMAINS))}
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +115,10 @@ def test_weights_on_which_all_agree_stay_as_they_are(
 
 
 def test_bfloat16_is_kept_and_averaged_without_its_rounding(
-    tokens: dict[str, Artifact], tokenizer: Path, tmp_path: Path
+    tokens: dict[str, Artifact], write: Write, tmp_path: Path
 ) -> None:
     names = ("seed", *DOMAINS)
-    members = {
-        name: write_dense(tmp_path / name, number, tokenizer, torch.bfloat16) for number, name in enumerate(names)
-    }
+    members = {name: write(tmp_path / name, number, dtype=torch.bfloat16) for number, name in enumerate(names)}
     run(members, tokens, tmp_path / "out")
     mixed, name = weights_of(tmp_path / "out"), "model.layers.1.self_attn.q_proj.weight"
     assert {weight.dtype for weight in mixed.values()} == {torch.bfloat16}
@@ -161,7 +142,7 @@ def test_mixing_again_gives_the_same_bytes(
 
 
 def test_companions_come_from_the_seed(
-    members: dict[str, Artifact], tokens: dict[str, Artifact], tokenizer: Path, tmp_path: Path
+    members: dict[str, Artifact], tokens: dict[str, Artifact], tmp_path: Path
 ) -> None:
     seed = artifact(Path(shutil.copytree(members["seed"].path, tmp_path / "seed")))
     (seed.path / "generation_config.json").write_text(json.dumps({"temperature": 0.3, "do_sample": True}))
@@ -233,19 +214,14 @@ def test_a_centroid_row_ignores_what_all_domains_share(
 
 
 def test_one_error_lists_all_differences(
-    members: dict[str, Artifact], tokens: dict[str, Artifact], tokenizer: Path, tmp_path: Path
+    members: dict[str, Artifact], tokens: dict[str, Artifact], write: Write, tmp_path: Path
 ) -> None:
-    deep = write_dense(tmp_path / "deep", 1, tokenizer, torch.float32, num_hidden_layers=3, vocab_size=330)
-    coarse = write_dense(tmp_path / "coarse", 1, tokenizer, torch.bfloat16)
+    deep = write(tmp_path / "deep", 1, num_hidden_layers=3, vocab_size=330)
+    coarse = write(tmp_path / "coarse", 1, dtype=torch.bfloat16)
     other = artifact(Path(shutil.copytree(members["docs"].path, tmp_path / "other")))
     train_bpe(["something else entirely"] * 4, 300).save_pretrained(other.path)
     bare = artifact(Path(shutil.copytree(members["docs"].path, tmp_path / "bare")))
     (bare.path / "tokenizer.json").unlink()
-    save_model(
-        AutoModelForCausalLM.from_config(Qwen3Config(**FIELDS, head_dim=16)),
-        tmp_path / "qwen",
-        tokenizer_from=tokenizer,
-    )
     odd = artifact(Path(shutil.copytree(members["docs"].path, tmp_path / "odd")))
     weights = weights_of(odd)
     weights["model.norm.weight"] = weights["model.norm.weight"][:60].clone()
@@ -255,7 +231,7 @@ def test_one_error_lists_all_differences(
         "coarse": coarse,
         "other": other,
         "bare": bare,
-        "qwen": artifact(tmp_path / "qwen"),
+        "qwen": write(tmp_path / "qwen", 1, kind="qwen3", head_dim=16),
         "odd": odd,
     }
     with pytest.raises(InputError) as raised:
@@ -282,16 +258,16 @@ def test_one_error_lists_all_differences(
 
 
 def test_branches_may_differ_in_the_width_of_their_networks(
-    members: dict[str, Artifact], tokenizer: Path, tmp_path: Path
+    members: dict[str, Artifact], write: Write, tmp_path: Path
 ) -> None:
-    narrow = write_dense(tmp_path / "narrow", 1, tokenizer, torch.float32, intermediate_size=48)
+    narrow = write(tmp_path / "narrow", 1, intermediate_size=48)
     result = run({"seed": members["seed"], "narrow": narrow}, {}, tmp_path / "out", router={"type": "zero"})
     assert result["experts"] == ["narrow", "seed"]
     load_model(tmp_path / "out")
 
 
 def test_inputs_that_do_not_fit_together_are_refused(
-    members: dict[str, Artifact], tokens: dict[str, Artifact], tokenizer: Path, tmp_path: Path
+    members: dict[str, Artifact], tokens: dict[str, Artifact], write: Write, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="no branch"):
         run({"seed": members["seed"]}, tokens, tmp_path / "out")
@@ -299,7 +275,7 @@ def test_inputs_that_do_not_fit_together_are_refused(
         run({"seed": members["seed"], "code": members["code"]}, tokens, tmp_path / "out", generalist="none")
     with pytest.raises(InputError, match="No tokens of docs"):
         run({name: members[name] for name in ("seed", "docs")}, {}, tmp_path / "out")
-    biased = write_dense(tmp_path / "biased", 1, tokenizer, torch.float32, attention_bias=True)
+    biased = write(tmp_path / "biased", 1, attention_bias=True)
     with pytest.raises(InputError, match="attention_bias"):
         run({"seed": biased, "code": biased}, tokens, tmp_path / "out")
     with pytest.raises(InputError, match="called 'seed'"):

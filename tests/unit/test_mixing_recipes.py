@@ -3,7 +3,7 @@
 D hidden, F intermediate, S features drawn anew.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
 
 from moestro.artifacts import Artifact, Job
 from moestro.config import (
@@ -26,46 +25,31 @@ from moestro.config import (
     SparseUpcyclingExperts,
     ZeroRouter,
 )
-from moestro.data.tokenizer import train_bpe
 from moestro.errors import InputError
 from moestro.mixing import mix
 from moestro.mixing.experts import factors
 from moestro.mixing.plan import ExpertPlan, Piece
 from moestro.mixing.recipes import plan_experts
-from moestro.models.checkpoint import save_model
 from moestro.models.files import read_origins
 
-FIELDS: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.2,
-}
+Write = Callable[..., Artifact]
 WIDTHS = {"code": 48, "docs": 48, "seed": 48}
 NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 RANDOM = RandomRouter()
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe(["while True: pass"] * 4, 300).save_pretrained(folder)
-    return folder
+def write(write_dense: Callable[..., Path]) -> Write:
+    """Writes a dense model with networks of 48 features. Further arguments are fields of its config."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    own = {"hidden_size": 32, "intermediate_size": 48, "pad_token_id": None} | heads
+    return lambda folder, seed, **fields: Artifact(write_dense(folder, seed, **own | fields), "seed", folder.name)
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Artifact]:
+def members(tmp_path_factory: pytest.TempPathFactory, write: Write) -> dict[str, Artifact]:
     root = tmp_path_factory.mktemp("members")
-    return {name: write_dense(root / name, number, tokenizer) for number, name in enumerate(WIDTHS)}
-
-
-def write_dense(folder: Path, seed: int, tokenizer: Path, kind: Any = LlamaConfig, **fields: Any) -> Artifact:
-    torch.manual_seed(seed)
-    save_model(AutoModelForCausalLM.from_config(kind(**FIELDS | fields)), folder, tokenizer_from=tokenizer)
-    return Artifact(folder, "seed", folder.name)
+    return {name: write(root / name, number) for number, name in enumerate(WIDTHS)}
 
 
 def run(members: Mapping[str, Artifact], out: Path, **fields: Any) -> dict[str, Any]:
@@ -204,9 +188,9 @@ def test_copies_are_the_seeds_bits_and_need_no_branches(members: dict[str, Artif
     assert alone["active_parameters"] == alone["parameters"] - 2 * 3 * 32 * 48
 
 
-def test_narrower_branches_are_padded_with_zeros(members: dict[str, Artifact], tokenizer: Path, tmp_path: Path) -> None:
+def test_narrower_branches_are_padded_with_zeros(members: dict[str, Artifact], write: Write, tmp_path: Path) -> None:
     widths = {"narrow": 40, "square": 32, "wide": 64}
-    mixed_widths = {name: write_dense(tmp_path / name, 7, tokenizer, intermediate_size=widths[name]) for name in widths}
+    mixed_widths = {name: write(tmp_path / name, 7, intermediate_size=widths[name]) for name in widths}
     run({**mixed_widths, "seed": members["seed"]}, tmp_path / "out")
     mixed = weights(tmp_path / "out")
     for number, (name, width) in enumerate([*widths.items(), ("seed", 48)]):
@@ -217,11 +201,8 @@ def test_narrower_branches_are_padded_with_zeros(members: dict[str, Artifact], t
         assert not any(rest.any() for rest in piece(made, width, 64).values())
 
 
-def test_scaling_is_done_in_the_wider_type(tokenizer: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**FIELDS), dtype=torch.bfloat16)
-    save_model(model, tmp_path / "seed", tokenizer_from=tokenizer)
-    seed = Artifact(tmp_path / "seed", "seed", "seed")
+def test_scaling_is_done_in_the_wider_type(write: Write, tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed", 0, dtype=torch.bfloat16)
     fields: dict[str, Any] = {"experts": FineGrainedExperts(granularity=3), "dtype": "float32"}
     run({"one": seed, "seed": seed}, tmp_path / "out", **fields)
     made, own = expert(weights(tmp_path / "out"), 0), piece(network(seed), 0, 16)
@@ -230,8 +211,8 @@ def test_scaling_is_done_in_the_wider_type(tokenizer: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("width", [40, 64])
-def test_a_layer_of_another_width_is_named(tokenizer: Path, tmp_path: Path, width: int) -> None:
-    uneven = write_dense(tmp_path / "uneven", 3, tokenizer)
+def test_a_layer_of_another_width_is_named(write: Write, tmp_path: Path, width: int) -> None:
+    uneven = write(tmp_path / "uneven", 3)
     stored = weights(uneven.path)
     for name in NAMES:
         shape = (32, width) if name == "down_proj" else (width, 32)
@@ -254,9 +235,9 @@ def test_a_branch_may_not_be_called_as_an_expert_of_no_branch(members: dict[str,
         run({"blend": members["code"], "seed": members["seed"]}, tmp_path / "out")
 
 
-def test_fused_experts_are_put_together_from_the_same_slices(tokenizer: Path, tmp_path: Path) -> None:
-    seed = write_dense(tmp_path / "seed", 0, tokenizer, GraniteConfig)
-    wide = write_dense(tmp_path / "wide", 1, tokenizer, GraniteConfig, intermediate_size=64)
+def test_fused_experts_are_put_together_from_the_same_slices(write: Write, tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed", 0, kind="granite")
+    wide = write(tmp_path / "wide", 1, kind="granite", intermediate_size=64)
     run({"wide": wide, "seed": seed}, tmp_path / "out", experts=DivMoeExperts())
     mixed = weights(tmp_path / "out")
     gate_up = mixed["model.layers.1.block_sparse_moe.input_linear.weight"]

@@ -2,29 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    FlexOlmoConfig,
-    Glm4MoeConfig,
-    GraniteMoeConfig,
-    LlamaConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moestro.artifacts import Artifact, Job
 from moestro.config import RemoveConfig
-from moestro.data.tokenizer import train_bpe
 from moestro.errors import InputError
 from moestro.mixing import remove
 from moestro.models.checkpoint import load_model, read_config, save_model
@@ -33,55 +21,46 @@ from moestro.models.layouts import LAYOUTS
 from moestro.models.routers import experts as experts_of
 from moestro.models.routers import parameter_counts, routers
 
-SMALL = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+Write = Callable[..., Artifact]
+OWN: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {"moe_intermediate_size": 32, "head_dim": 16},
+    "flex_olmo": {},
+    "olmoe": {},
+    "granitemoe": {},
+    "glm4_moe": {"moe_intermediate_size": 32, "first_k_dense_replace": 0},
 }
-SPARSE: dict[str, Any] = {
-    "mixtral": lambda count, **fields: MixtralConfig(**SMALL | fields, num_local_experts=count),
-    "qwen2_moe": lambda count, **fields: Qwen2MoeConfig(
-        **SMALL | fields, num_experts=count, moe_intermediate_size=32, shared_expert_intermediate_size=32
-    ),
-    "qwen3_moe": lambda count, **fields: Qwen3MoeConfig(
-        **SMALL | {"head_dim": 16} | fields, num_experts=count, moe_intermediate_size=32
-    ),
-    "flex_olmo": lambda count, **fields: FlexOlmoConfig(**SMALL | fields, num_experts=count),
-    "olmoe": lambda count, **fields: OlmoeConfig(**SMALL | fields, num_experts=count),
-    "granitemoe": lambda count, **fields: GraniteMoeConfig(**SMALL | fields, num_local_experts=count),
-    "glm4_moe": lambda count, **fields: Glm4MoeConfig(
-        **{**SMALL, "first_k_dense_replace": 0} | fields, n_routed_experts=count, moe_intermediate_size=32
-    ),
-}
+"""Config fields by kind."""
 NAMES = ["code", "docs", "law", "seed"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe(["while True: pass"] * 4, 300).save_pretrained(folder)
-    return folder
+def config(dense_fields: dict[str, Any]) -> Callable[..., Any]:
+    """Makes the config of a kind with a number of experts."""
+    usual = dense_fields | {"num_experts_per_tok": 2, "norm_topk_prob": True}
+
+    def make(kind: str, count: int, **fields: Any) -> Any:
+        return AutoConfig.for_model(kind, **usual | OWN[kind] | {LAYOUTS[kind].num_experts: count} | fields)
+
+    return make
 
 
-def write_moe(
-    folder: Path, kind: str, tokenizer: Path, origins: Sequence[str] = NAMES, layers: int = 2, **fields: Any
-) -> Artifact:
-    torch.manual_seed(0)
-    config = SPARSE[kind](len(origins), **fields)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for router in routers(model):
-            for weight in (*router.parameters(), *router.buffers()):
-                weight.copy_(torch.randn_like(weight) * 0.2)
-    save_model(model, folder, tokenizer_from=tokenizer, origins=[list(origins)] * layers)
-    return Artifact(folder, "mix", folder.name)
+@pytest.fixture(scope="module")
+def write_moe(config: Callable[..., Any], tokenizer: Path) -> Write:
+    """Writes a model of a kind with random routers. Further arguments are fields of its config."""
+
+    def write(folder: Path, kind: str, origins: Sequence[str] = NAMES, layers: int = 2, **fields: Any) -> Artifact:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config(kind, len(origins), **fields))
+        with torch.no_grad():
+            for router in routers(model):
+                for weight in (*router.parameters(), *router.buffers()):
+                    weight.copy_(torch.randn_like(weight) * 0.2)
+        save_model(model, folder, tokenizer_from=tokenizer, origins=[list(origins)] * layers)
+        return Artifact(folder, "mix", folder.name)
+
+    return write
 
 
 def run(model: Artifact, out: Path, **fields: Any) -> dict[str, Any]:
@@ -102,12 +81,14 @@ def by_hand(model: PreTrainedModel, config: Any, kept: Sequence[Sequence[int]]) 
     return smaller.eval()
 
 
-@pytest.mark.parametrize("kind", SPARSE)
-def test_the_rest_computes_what_a_model_cut_by_hand_computes(kind: str, tokenizer: Path, tmp_path: Path) -> None:
-    moe = write_moe(tmp_path / "moe", kind, tokenizer)
+@pytest.mark.parametrize("kind", OWN)
+def test_the_rest_computes_what_a_model_cut_by_hand_computes(
+    kind: str, config: Callable[..., Any], write_moe: Write, tmp_path: Path
+) -> None:
+    moe = write_moe(tmp_path / "moe", kind)
     result = run(moe, tmp_path / "out", experts=["docs"], layers={})
     full = load_model(moe.path, experts="eager")
-    expected = by_hand(full, SPARSE[kind](3), [[0, 2, 3]] * 2)
+    expected = by_hand(full, config(kind, 3), [[0, 2, 3]] * 2)
     found = load_model(tmp_path / "out", experts="eager")
     ids_BS = torch.randint(320, (2, 33), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -128,8 +109,8 @@ def test_the_rest_computes_what_a_model_cut_by_hand_computes(kind: str, tokenize
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "granitemoe", "glm4_moe"])
-def test_every_layer_may_lose_others(kind: str, tokenizer: Path, tmp_path: Path) -> None:
-    moe = write_moe(tmp_path / "moe", kind, tokenizer)
+def test_every_layer_may_lose_others(kind: str, write_moe: Write, tmp_path: Path) -> None:
+    moe = write_moe(tmp_path / "moe", kind)
     result = run(moe, tmp_path / "out", layers={0: [3], 1: ["code"]})
     assert result["expert_ids"] == [[0, 1, 2, None], [None, 0, 1, 2]]
     assert read_origins(tmp_path / "out") == [["code", "docs", "law"], ["docs", "law", "seed"]]
@@ -150,16 +131,16 @@ def test_every_layer_may_lose_others(kind: str, tokenizer: Path, tmp_path: Path)
     load_model(tmp_path / "out")
 
 
-def test_names_numbers_and_layers_add_up(tokenizer: Path, tmp_path: Path) -> None:
+def test_names_numbers_and_layers_add_up(write_moe: Write, tmp_path: Path) -> None:
     origins = ["code", "docs", "code", "seed", "law", "math"]
-    moe = write_moe(tmp_path / "moe", "mixtral", tokenizer, origins)
+    moe = write_moe(tmp_path / "moe", "mixtral", origins)
     result = run(moe, tmp_path / "out", experts=["code", 5], layers={0: [3], 1: ["law"]})
     assert result["experts"] == [["docs", "law"], ["docs", "seed"]]
     assert result["expert_ids"] == [[None, 0, None, None, 1, None], [None, 0, None, 1, None, None]]
 
 
-def test_the_same_bytes_every_time_and_whatever_the_shards(tokenizer: Path, tmp_path: Path) -> None:
-    moe = write_moe(tmp_path / "moe", "granitemoe", tokenizer)
+def test_the_same_bytes_every_time_and_whatever_the_shards(write_moe: Write, tmp_path: Path) -> None:
+    moe = write_moe(tmp_path / "moe", "granitemoe")
     first = run(moe, tmp_path / "first", experts=[0, "docs"])
     assert first == run(moe, tmp_path / "second", experts=["docs", 0])
     for path in (tmp_path / "first").iterdir():
@@ -172,8 +153,8 @@ def test_the_same_bytes_every_time_and_whatever_the_shards(tokenizer: Path, tmp_
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_shards_are_read(tokenizer: Path, tmp_path: Path) -> None:
-    moe = write_moe(tmp_path / "moe", "qwen3_moe", tokenizer)
+def test_shards_are_read(write_moe: Write, tmp_path: Path) -> None:
+    moe = write_moe(tmp_path / "moe", "qwen3_moe")
     run(moe, tmp_path / "shards", experts=["docs"], max_shard_bytes=50_000)
     sharded = Artifact(tmp_path / "shards", "remove", "shards")
     run(sharded, tmp_path / "one", experts=["seed"])
@@ -192,8 +173,8 @@ def test_shards_are_read(tokenizer: Path, tmp_path: Path) -> None:
         ({"experts": [0, 1, 2]}, "1 of 4 experts would remain, and every token chooses 2"),
     ],
 )
-def test_what_cannot_be_removed_is_named(tokenizer: Path, tmp_path: Path, fields: dict[str, Any], words: str) -> None:
-    moe = write_moe(tmp_path / "moe", "mixtral", tokenizer)
+def test_what_cannot_be_removed_is_named(write_moe: Write, tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    moe = write_moe(tmp_path / "moe", "mixtral")
     with pytest.raises(InputError) as raised:
         run(moe, tmp_path / "out", **fields)
     assert words in raised.value.message
@@ -201,8 +182,8 @@ def test_what_cannot_be_removed_is_named(tokenizer: Path, tmp_path: Path, fields
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_expert_that_is_not_there_is_answered_with_those_that_are(tokenizer: Path, tmp_path: Path) -> None:
-    moe = write_moe(tmp_path / "moe", "mixtral", tokenizer)
+def test_an_expert_that_is_not_there_is_answered_with_those_that_are(write_moe: Write, tmp_path: Path) -> None:
+    moe = write_moe(tmp_path / "moe", "mixtral")
     with pytest.raises(InputError) as raised:
         run(moe, tmp_path / "out", experts=["math"])
     assert raised.value.hint == "Layers 0 to 1 have experts 0 to 3, made from code, docs, law, seed."
@@ -216,10 +197,10 @@ def test_an_expert_that_is_not_there_is_answered_with_those_that_are(tokenizer: 
         run(moe, tmp_path / "other", experts=[1])
 
 
-def test_every_group_loses_as_many(tokenizer: Path, tmp_path: Path) -> None:
+def test_every_group_loses_as_many(write_moe: Write, tmp_path: Path) -> None:
     grouped = {"n_group": 2, "topk_group": 1}
     names = ["a", "b", "c", "d", "e", "f"]
-    moe = write_moe(tmp_path / "moe", "glm4_moe", tokenizer, names, **grouped)
+    moe = write_moe(tmp_path / "moe", "glm4_moe", names, **grouped)
     with pytest.raises(InputError, match=r"Groups of experts would keep different numbers \(2, 3\) in layer 0"):
         run(moe, tmp_path / "odd", experts=["a"])
     with pytest.raises(InputError, match=r"different numbers \(1, 3\)"):
@@ -230,18 +211,17 @@ def test_every_group_loses_as_many(tokenizer: Path, tmp_path: Path) -> None:
     load_model(tmp_path / "out")
 
 
-def test_a_group_must_hold_what_a_token_chooses(tokenizer: Path, tmp_path: Path) -> None:
+def test_a_group_must_hold_what_a_token_chooses(write_moe: Write, tmp_path: Path) -> None:
     fields = {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 3}
-    moe = write_moe(tmp_path / "moe", "glm4_moe", tokenizer, ["a", "b", "c", "d", "e", "f"], **fields)
+    moe = write_moe(tmp_path / "moe", "glm4_moe", ["a", "b", "c", "d", "e", "f"], **fields)
     with pytest.raises(InputError, match="The 1 groups that a token chooses would hold fewer than the 3"):
         run(moe, tmp_path / "out", experts=["a", "f"])
 
 
-def test_dense_layers_between_sparse_ones_stay(tokenizer: Path, tmp_path: Path) -> None:
+def test_dense_layers_between_sparse_ones_stay(write_moe: Write, tmp_path: Path) -> None:
     moe = write_moe(
         tmp_path / "moe",
         "qwen3_moe",
-        tokenizer,
         layers=1,
         num_hidden_layers=3,
         mlp_only_layers=[0],
@@ -255,8 +235,8 @@ def test_dense_layers_between_sparse_ones_stay(tokenizer: Path, tmp_path: Path) 
         run(moe, tmp_path / "none", layers={0: ["law"]})
 
 
-def test_bfloat16_and_what_no_layout_knows_beside_the_experts_stay(tokenizer: Path, tmp_path: Path) -> None:
-    moe = write_moe(tmp_path / "moe", "mixtral", tokenizer)
+def test_bfloat16_and_what_no_layout_knows_beside_the_experts_stay(write_moe: Write, tmp_path: Path) -> None:
+    moe = write_moe(tmp_path / "moe", "mixtral")
     weights = {name: tensor.bfloat16() for name, tensor in load_file(moe.path / "model.safetensors").items()}
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8, dtype=torch.float32)
     save_file(weights, moe.path / "model.safetensors", {"format": "pt"})
@@ -268,9 +248,9 @@ def test_bfloat16_and_what_no_layout_knows_beside_the_experts_stay(tokenizer: Pa
     assert torch.equal(after[router], weights[router][1:])
 
 
-def test_what_only_an_engine_gets_wrong_does_not_keep_experts(tokenizer: Path, tmp_path: Path) -> None:
+def test_what_only_an_engine_gets_wrong_does_not_keep_experts(write_moe: Write, tmp_path: Path) -> None:
     """vLLM never renormalises OLMoE's gates: the checkpoint is as wrong there with an expert less."""
-    moe = write_moe(tmp_path / "moe", "olmoe", tokenizer, norm_topk_prob=True)
+    moe = write_moe(tmp_path / "moe", "olmoe", norm_topk_prob=True)
     assert run(moe, tmp_path / "out", experts=[0])["num_experts"] == len(NAMES) - 1
     weights = load_file(moe.path / "model.safetensors")
     del weights["model.layers.1.input_layernorm.weight"]
@@ -280,20 +260,21 @@ def test_what_only_an_engine_gets_wrong_does_not_keep_experts(tokenizer: Path, t
     assert list((tmp_path / "broken").iterdir()) == []
 
 
-def test_a_count_that_is_no_number_is_refused(tokenizer: Path, tmp_path: Path) -> None:
-    moe = write_moe(tmp_path / "moe", "mixtral", tokenizer)
+def test_a_count_that_is_no_number_is_refused(write_moe: Write, tmp_path: Path) -> None:
+    moe = write_moe(tmp_path / "moe", "mixtral")
     config = moe.path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_local_experts": "three"}))
     with pytest.raises(InputError, match="no number of experts"):
         run(moe, tmp_path / "out", experts=[0])
 
 
-def test_broken_and_dense_models_are_refused(tokenizer: Path, tmp_path: Path) -> None:
-    dense = {key: value for key, value in SMALL.items() if key not in {"norm_topk_prob", "num_experts_per_tok"}}
-    save_model(AutoModelForCausalLM.from_config(LlamaConfig(**dense)), tmp_path / "dense", tokenizer_from=tokenizer)
+def test_broken_and_dense_models_are_refused(
+    write_moe: Write, write_dense: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_dense(tmp_path / "dense", 0)
     with pytest.raises(InputError, match="is a dense model"):
         run(Artifact(tmp_path / "dense", "seed", "x"), tmp_path / "a", experts=[0])
-    moe = write_moe(tmp_path / "moe", "mixtral", tokenizer)
+    moe = write_moe(tmp_path / "moe", "mixtral")
     cut = Artifact(Path(shutil.copytree(moe.path, tmp_path / "cut")), "mix", "cut")
     weights = cut.path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -9,27 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moestro.artifacts import Artifact, Job
 from moestro.config import AppendConfig, MixConfig, RemoveConfig
-from moestro.data.tokenizer import train_bpe
 from moestro.errors import InputError
 from moestro.mixing import append, mix, remove
-from moestro.models.checkpoint import load_model, save_model
+from moestro.models.checkpoint import load_model
 from moestro.models.compare import check_same_kind
 from moestro.models.files import WEIGHTS, read_config
 
-FIELDS: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
-}
+Write = Callable[..., Path]
 HEAD = "lm_head.weight"
 GATE, UP = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -38,24 +27,9 @@ DRAFT = "model.layers.2."
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe(["while True: pass"] * 4, 300).save_pretrained(folder)
-    return folder
-
-
-def dense(folder: Path, number: int, tokenizer: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
-    torch.manual_seed(number)
-    save_model(
-        AutoModelForCausalLM.from_config(LlamaConfig(**FIELDS | fields), dtype=dtype), folder, tokenizer_from=tokenizer
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory, write_dense: Write) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: dense(root / name, number, tokenizer) for number, name in enumerate(("seed", "code", "docs", "law"))}
+    return {name: write_dense(root / name, number) for number, name in enumerate(("seed", "code", "docs", "law"))}
 
 
 def changed(
@@ -106,8 +80,8 @@ def with_head(weights: dict[str, torch.Tensor], change: float) -> None:
     weights[HEAD][-1, -1] += change
 
 
-def test_a_second_head_beside_a_tied_one_is_named(tokenizer: Path, tmp_path: Path) -> None:
-    seed = dense(tmp_path / "tied", 0, tokenizer, tie_word_embeddings=True)
+def test_a_second_head_beside_a_tied_one_is_named(write_dense: Write, tmp_path: Path) -> None:
+    seed = write_dense(tmp_path / "tied", 0, tie_word_embeddings=True)
     same = changed(seed, tmp_path / "same", lambda weights: with_head(weights, 0.0))
     other = changed(seed, tmp_path / "other", lambda weights: with_head(weights, 1e-3))
     assert mixed(tmp_path / "out", same, {"code": same, "docs": seed})["architecture"] == "mixtral"
@@ -135,10 +109,10 @@ def mended(model: Path, root: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def test_what_trainers_leave_in_a_config_is_no_difference(
-    models: dict[str, Path], tokenizer: Path, tmp_path: Path
+    models: dict[str, Path], write_dense: Write, tmp_path: Path
 ) -> None:
     """The result has the seed's; what special tokens are is told with the way out."""
-    branch = dense(tmp_path / "branch", 1, tokenizer, pad_token_id=1, max_position_embeddings=512)
+    branch = write_dense(tmp_path / "branch", 1, pad_token_id=1, max_position_embeddings=512)
     config = json.loads((branch / "config.json").read_text())
     (branch / "config.json").write_text(json.dumps(config | {"unsloth_version": "1"}))
     common = check_same_kind(models["seed"], {"code": branch})
@@ -151,9 +125,9 @@ def test_what_trainers_leave_in_a_config_is_no_difference(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_never_published(
-    dtype: torch.dtype, value: float, tokenizer: Path, tmp_path: Path
+    dtype: torch.dtype, value: float, write_dense: Write, tmp_path: Path
 ) -> None:
-    seed, good = (dense(tmp_path / name, number, tokenizer, dtype) for number, name in enumerate(("seed", "good")))
+    seed, good = (write_dense(tmp_path / name, number, dtype=dtype) for number, name in enumerate(("seed", "good")))
     bad = changed(good, tmp_path / "bad", put(GATE, value))
     told = r"bad: model\.layers\.1\.mlp\.gate_proj\.weight holds NaN or infinity"
     kinds: dict[str, Any] = {
@@ -244,9 +218,9 @@ def test_layers_behind_the_last_are_left_out_and_told_of(models: dict[str, Path]
     assert "num_nextn_predict_layers" in read_config(tmp_path / "plain")
 
 
-def test_a_config_without_a_type_has_that_of_its_weights(tokenizer: Path, tmp_path: Path) -> None:
+def test_a_config_without_a_type_has_that_of_its_weights(write_dense: Write, tmp_path: Path) -> None:
     seed, code = (
-        dense(tmp_path / name, number, tokenizer, torch.bfloat16) for number, name in enumerate(("told", "code"))
+        write_dense(tmp_path / name, number, dtype=torch.bfloat16) for number, name in enumerate(("told", "code"))
     )
 
     def norms(weights: dict[str, torch.Tensor]) -> None:
@@ -259,9 +233,9 @@ def test_a_config_without_a_type_has_that_of_its_weights(tokenizer: Path, tmp_pa
     assert read_config(tmp_path / "out")["dtype"] == "bfloat16"
 
 
-def test_double_precision_becomes_single(tokenizer: Path, tmp_path: Path) -> None:
+def test_double_precision_becomes_single(write_dense: Write, tmp_path: Path) -> None:
     seed, code = (
-        dense(tmp_path / name, number, tokenizer, torch.float64) for number, name in enumerate(("seed", "code"))
+        write_dense(tmp_path / name, number, dtype=torch.float64) for number, name in enumerate(("seed", "code"))
     )
     mixed(tmp_path / "out", seed, {"code": code})
     made = load_file(tmp_path / "out" / WEIGHTS)

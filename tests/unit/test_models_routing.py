@@ -212,8 +212,7 @@ def test_backward_outside_the_block_is_caught_under_checkpointing(build: Callabl
         model(tokens())
 
 
-def test_models_without_known_routers_are_refused() -> None:
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    dense = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=4))
+def test_models_without_known_routers_are_refused(dense_fields: dict[str, Any]) -> None:
+    dense = AutoModelForCausalLM.from_config(LlamaConfig(**dense_fields))
     with pytest.raises(InputError, match="no routers"), record_routes(dense):
         pass

@@ -45,13 +45,6 @@ def write_moe(tiny_moe: Build, tokenizer: Path) -> Callable[[Path, str], Artifac
     return write
 
 
-def dense(folder: Path, tokenizer: Path) -> Artifact:
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=4))
-    save_model(model, folder, tokenizer_from=tokenizer)
-    return Artifact(folder, "mix", folder.name)
-
-
 @pytest.fixture
 def tokens(tmp_path: Path) -> dict[str, Artifact]:
     made = {}
@@ -137,7 +130,7 @@ def test_figures_on_counts_made_by_hand() -> None:
 
 
 def test_what_cannot_be_profiled_is_refused(
-    write_moe: Build, tokenizer: Path, tokens: dict[str, Artifact], tmp_path: Path
+    write_moe: Build, dense_fields: dict[str, Any], tokenizer: Path, tokens: dict[str, Artifact], tmp_path: Path
 ) -> None:
     source = write_moe(tmp_path / "moe", "mixtral")
     with pytest.raises(InputError, match="no tokens"):
@@ -145,5 +138,7 @@ def test_what_cannot_be_profiled_is_refused(
     (source.path / "experts.json").write_text('{"origins": [["code"], ["code"]]}')
     with pytest.raises(InputError, match="belongs to another checkpoint"):
         run(source, tokens, tmp_path / "two")
+    dense = AutoModelForCausalLM.from_config(LlamaConfig(**dense_fields))
+    save_model(dense, tmp_path / "dense", tokenizer_from=tokenizer)
     with pytest.raises(InputError, match="it has no routing"):
-        run(dense(tmp_path / "dense", tokenizer), tokens, tmp_path / "three")
+        run(Artifact(tmp_path / "dense", "mix", "dense"), tokens, tmp_path / "three")
