@@ -80,7 +80,7 @@ def measure_step(workload: Workload, dtype: torch.dtype, *, seconds: float, roun
         training_attention(ours, dtype=dtype, positions=workload.sequence_length),
         training_linear(ours, dtype=dtype),
     ):
-        runs = {OURS: _in_turn(_moestro_step(ours, dtype), batches, OURS, first)}
+        runs = {OURS: _in_turn(moestro_step(ours, dtype), batches, OURS, first)}
         optimizer = torch.optim.AdamW(plain.parameters(), lr=OptimizerConfig().learning_rate)
         for name in (DEFAULT, "eager") if workload.num_experts else (DEFAULT,):
             runs[name] = _in_turn(_plain_step(plain, optimizer, dtype, name), batches, name, first)
@@ -89,7 +89,8 @@ def measure_step(workload: Workload, dtype: torch.dtype, *, seconds: float, roun
     return StepTimes(timings, flops, abs(first[OURS] - first[DEFAULT]))
 
 
-def _moestro_step(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[Batch], float]:
+def moestro_step(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[Batch], float]:
+    """A step of Moestro's training of the parameters that want a gradient; returns the batch's loss in nats."""
     if experts(model):
         model.set_experts_implementation(OURS)
     config = OptimizerConfig()

@@ -86,7 +86,7 @@ def test_interrupting_leaves_no_process_and_nothing_half_published(
     home = tmp_path / "home"
     home.mkdir()
     shutil.copytree(finished / "artifacts", home / "artifacts")
-    config = changed(moestro.config, tmp_path, "tune.training.steps", 100_000)
+    config = changed(moestro.config, tmp_path, "tune.training.steps", 9_000)
     process = moestro.start(home, "run", str(config), "--no-ask")
     end = time.monotonic() + 300
     while not list(home.glob("work/tune/*/scratch/*")):

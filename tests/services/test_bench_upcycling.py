@@ -6,8 +6,8 @@ import pytest
 
 from moestro.config import load_lifecycle
 from moestro_services.upcycling import bench, losses, pretrained, rivals, specialisation
-from moestro_services.upcycling.arms import Outcome, Scale
-from moestro_services.upcycling.bench import CONFIG, measure, on_all_seeds, report
+from moestro_services.upcycling.arms import Scale
+from moestro_services.upcycling.bench import CONFIG, Measured, measure, on_all_seeds, report
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SMALL = Scale(
@@ -34,43 +34,43 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def table(home: Path) -> dict[str, list[Outcome]]:
+def measured(home: Path) -> Measured:
     return measure(SMALL, (0,))
 
 
-def test_every_rival_is_measured_on_every_domain(table: dict[str, list[Outcome]]) -> None:
-    assert {name for bound in bench.BOUNDS for name in bound[:2]} <= table.keys()
-    for name, outcomes in table.items():
+def test_every_rival_is_measured_on_every_domain(measured: Measured) -> None:
+    assert {name for bound in bench.BOUNDS for name in bound[:2]} <= measured.table.keys()
+    for name, outcomes in measured.table.items():
         assert [set(outcome.losses) for outcome in outcomes] == [set(SMALL.domains)], name
 
 
-def test_random_seeds_differ(table: dict[str, list[Outcome]]) -> None:
+def test_random_seeds_differ(measured: Measured) -> None:
     other = on_all_seeds(SMALL, (1,), lambda arms: {rivals.SEED: lambda: arms.outcome(rivals.SEED, arms.seed)})
-    assert other[rivals.SEED][0].losses != table[rivals.SEED][0].losses
+    assert other[rivals.SEED][0].losses != measured.table[rivals.SEED][0].losses
 
 
-def test_equal_flops_are_equal(table: dict[str, list[Outcome]]) -> None:
+def test_equal_flops_are_equal(measured: Measured) -> None:
     for name in EQUAL_FLOPS:
-        for outcome, published in zip(table[name], table["BTX as published"], strict=True):
+        for outcome, published in zip(measured.table[name], measured.table["BTX as published"], strict=True):
             assert outcome.flops == pytest.approx(published.flops, rel=STEP), name
 
 
-def test_the_report_judges_perplexities_seed_by_seed(table: dict[str, list[Outcome]]) -> None:
-    found = report(table, (0,))
-    assert [row[0] for row in found["rows"]] == list(table)
+def test_the_report_judges_perplexities_seed_by_seed(measured: Measured) -> None:
+    found = report(measured)
+    assert [row[0] for row in found["rows"]] == list(measured.table)
     assert all(len(row) == len(found["columns"]) for row in found["rows"])
-    for bound, (one, other, _) in zip(found["bounds"], bench.BOUNDS, strict=True):
-        assert bound["value"] == pytest.approx(table[one][0].perplexity / table[other][0].perplexity)
+    for bound, (one, other, _) in zip(found["bounds"][1:], bench.BOUNDS, strict=True):
+        assert bound["value"] == pytest.approx(measured.table[one][0].perplexity / measured.table[other][0].perplexity)
 
 
-def test_a_second_run_trains_nothing(table: dict[str, list[Outcome]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert measure(SMALL, (0,))[rivals.RECIPE][0] == table[rivals.RECIPE][0]
+def test_a_second_run_trains_nothing(measured: Measured, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure(SMALL, (0,)).table[rivals.RECIPE][0] == measured.table[rivals.RECIPE][0]
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seed 0")]
     assert told
     assert all(line.endswith(": found") for line in told)
 
 
-def test_specialisation_compares_routing_by_layer(table: dict[str, list[Outcome]]) -> None:
+def test_specialisation_compares_routing_by_layer(measured: Measured) -> None:
     found = on_all_seeds(SMALL, (0,), specialisation.models)
     layers = 4
     assert all(len(routing[0].distances) == layers for routing in found.values())
@@ -78,15 +78,15 @@ def test_specialisation_compares_routing_by_layer(table: dict[str, list[Outcome]
     assert len(specialisation.report(found)["rows"]) == len(found)
 
 
-def test_losses_are_compared_on_one_mixture(table: dict[str, list[Outcome]]) -> None:
+def test_losses_are_compared_on_one_mixture(measured: Measured) -> None:
     found = on_all_seeds(SMALL, (0,), losses.runs)
     assert found.keys() == losses.SOFTMAX.keys() | losses.BIASED.keys()
     assert len(losses.report(found)["rows"]) == len(found)
 
 
-def test_the_shorter_list_judges_by_the_best_branch_of_each_domain(table: dict[str, list[Outcome]]) -> None:
+def test_the_shorter_list_judges_by_the_best_branch_of_each_domain(measured: Measured) -> None:
     found = {name: one[0] for name, one in on_all_seeds(SMALL, (0,), pretrained.shorter_list).items()}
-    bounds = {bound["what"]: bound["value"] for bound in pretrained.report(found)["bounds"]}
+    bounds = {bound["what"]: bound["value"] for bound in pretrained.report(found, measured.steps)["bounds"]}
     assert len(bounds) == 2 * len(SMALL.domains)
     for domain in SMALL.domains:
         best = min(outcome.losses[domain] for rival, outcome in found.items() if rival.startswith("branch "))

@@ -6,8 +6,9 @@ or, where it says so, the same wall clock, in which the branches are trained sid
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from moestro.artifacts import Artifact
@@ -25,9 +26,13 @@ from moestro.config import (
     validate,
 )
 from moestro.evaluation.domain_ensembles import posterior_ensembles
+from moestro.models.files import read_config
+from moestro.models.layouts import routed_experts
 from moestro_services.upcycling.lab import Lab
 
 Trainable = Literal["all", "ffn"]
+DENSE, FFN_ONLY = "dense", "dense, FFN only"
+"""Kinds of work, beside those of mixtures."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,29 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Work:
+    """A training run, as far as its time is concerned."""
+
+    kind: str
+    """Runs of one kind take the same time per step."""
+    steps: int
+    side_by_side: bool
+    """Whether it is a branch, all of which train at the same time."""
+    model: Path
+    """The result, for whoever measures a step."""
+
+    @classmethod
+    def of(cls, trained: Artifact) -> "Work":
+        """That which made `trained`."""
+        steps = trained.record.result["steps"]
+        if trained.stage == "branch":
+            return cls(FFN_ONLY if trained.record.config["trainable"] == "ffn" else DENSE, steps, True, trained.path)
+        parsed = read_config(trained.path)
+        kind = f"{routed_experts(parsed)} experts top-{parsed['num_experts_per_tok']}"
+        return cls(kind, steps, False, trained.path)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What one rival reached from one random seed."""
 
@@ -61,13 +89,20 @@ class Outcome:
     """Held-out loss by domain, nats per token."""
     flops: float = 0.0
     """Model FLOPs of training, after the seed."""
-    seconds: float = math.nan
-    """Wall clock of training, after the seed, with as many workers as branches."""
+    work: tuple[Work, ...] = ()
+    """Its training runs after the seed."""
 
     @property
     def perplexity(self) -> float:
         """Geometric mean over domains."""
         return math.exp(sum(self.losses.values()) / len(self.losses))
+
+    def seconds(self, steps: Mapping[str, float]) -> float:
+        """Wall clock of training with as many workers as branches, where `steps` says what a step of a kind takes."""
+        side_by_side = [steps[work.kind] * work.steps for work in self.work if work.side_by_side]
+        return max(side_by_side, default=0.0) + sum(
+            steps[work.kind] * work.steps for work in self.work if not work.side_by_side
+        )
 
 
 @dataclass
@@ -156,7 +191,7 @@ class Arms:
             sequence_length=self.scale.sequence_length, max_tokens=self.scale.held_out_tokens
         )
         losses = self.lab.run("evaluate", config, what, model=model, tokens=self.tokens).record.result["held_out_loss"]
-        return Outcome(losses, *cost(*trained))
+        return Outcome(losses, *_training(trained))
 
     def ensembles(self, branches: Mapping[str, Artifact]) -> dict[int, Outcome]:
         """Branch-Train-Merge: branches predict together, by the probability of each domain given the text so far."""
@@ -167,12 +202,9 @@ class Arms:
             sequence_length=self.scale.sequence_length,
             max_tokens=self.scale.held_out_tokens,
         )
-        return {top_k: Outcome(by_domain, *cost(*branches.values())) for top_k, by_domain in losses.items()}
+        return {top_k: Outcome(by_domain, *_training(tuple(branches.values()))) for top_k, by_domain in losses.items()}
 
 
-def cost(*trained: Artifact) -> tuple[float, float]:
-    """Model FLOPs, and seconds where branches run side by side and what is no branch after them."""
-    results = [(artifact.stage, artifact.record.result) for artifact in trained]
-    side_by_side = [result["seconds"] for stage, result in results if stage == "branch"]
-    after = [result["seconds"] for stage, result in results if stage != "branch"]
-    return sum(result["flops"] for _, result in results), max(side_by_side, default=0.0) + sum(after)
+def _training(trained: Sequence[Artifact]) -> tuple[float, tuple[Work, ...]]:
+    """Model FLOPs and work."""
+    return sum(artifact.record.result["flops"] for artifact in trained), tuple(Work.of(item) for item in trained)

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ def rivals(arms: Arms) -> dict[str, Callable[[], Outcome]]:
     return {
         SEED: lambda: arms.outcome(SEED, arms.seed),
         DENSE: lambda: _dense(arms, DENSE, flops=budget(arms)),
-        DENSE_CLOCK: lambda: _dense_by_clock(arms),
         **{f"branch {name}": partial(_branch, arms, name) for name in arms.scale.domains},
         "Branch-Train-Merge, top-1": lambda: arms.ensembles(arms.branches("all"))[1],
         "Branch-Train-Merge, top-2": lambda: arms.ensembles(arms.branches("all"))[2],
@@ -112,11 +111,11 @@ def _dense(arms: Arms, what: str, **training: float) -> Outcome:
     return arms.outcome(what, model, model)
 
 
-def _dense_by_clock(arms: Arms) -> Outcome:
-    """As many steps as one worker does while the recipe's branches train side by side and its mixture after them."""
-    per_step = arms.dense(DENSE, flops=budget(arms)).record.result
-    steps = _mixed(arms, RECIPE).seconds / (per_step["seconds"] / per_step["steps"])
-    return _dense(arms, DENSE_CLOCK, steps=CLOCK_ROUNDING * math.ceil(steps / CLOCK_ROUNDING))
+def dense_by_clock(arms: Arms, steps: Mapping[str, float]) -> Outcome:
+    """Dense training on one worker for as long as the recipe takes on its workers; see `Outcome.seconds`."""
+    per_step = steps[_dense(arms, DENSE, flops=budget(arms)).work[0].kind]
+    count = _mixed(arms, RECIPE).seconds(steps) / per_step
+    return _dense(arms, DENSE_CLOCK, steps=CLOCK_ROUNDING * math.ceil(count / CLOCK_ROUNDING))
 
 
 def _branch(arms: Arms, name: str) -> Outcome:

@@ -1,0 +1,70 @@
+"""What a training step takes, measured alone: wall clocks of rivals that trained side by side say little.
+
+All kinds of steps are taken in turn in one process on one thread, as the workers have one each, and kept in the
+home's folder `bench`, so that a run again has the same budgets.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from moestro.branching.training import is_feed_forward_weight
+from moestro.data.packed import Batch, Mixture, PackedTokens
+from moestro.models.checkpoint import load_model
+from moestro.training.attention import training_attention
+from moestro.training.linear import training_linear
+from moestro_kernels import experts_mlp
+from moestro_kernels.timing import interleaved
+from moestro_services.bench_training_step import moestro_step
+from moestro_services.upcycling.arms import FFN_ONLY, Outcome, Scale
+
+ROUNDS = 15
+BATCHES = 4
+_STORED = TypeAdapter(dict[str, float])
+
+
+def step_seconds(
+    outcomes: Iterable[Outcome], tokens: Mapping[str, Path], scale: Scale, kept_in: Path
+) -> dict[str, float]:
+    """Seconds of a step by kind of work, medians; from the file `kept_in`, where they are once measured.
+
+    `tokens` are artifacts by domain.
+    """
+    kinds = {work.kind: work.model for outcome in outcomes for work in outcome.work}
+    known = _STORED.validate_json(kept_in.read_bytes()) if kept_in.is_file() else {}
+    if not kinds.keys() <= known.keys():
+        known = _measure(kinds, tokens, scale)
+        kept_in.write_text(json.dumps(known, indent=2) + "\n")
+    return known
+
+
+def _measure(kinds: Mapping[str, Path], tokens: Mapping[str, Path], scale: Scale) -> dict[str, float]:
+    packed = {name: PackedTokens.open(folder, "train") for name, folder in tokens.items()}
+    mixture = Mixture(packed, scale.sequence_length, seed=0)
+    batches = [mixture.batch(step, scale.batch_size) for step in range(BATCHES)]
+    experts_mlp.register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ExitStack() as stack:
+            steps = {kind: _steps(kind, model, batches, scale, stack) for kind, model in sorted(kinds.items())}
+            timings = interleaved(steps, seconds=0.0, min_rounds=ROUNDS)
+    finally:
+        torch.set_num_threads(threads)
+    return {kind: timing.median for kind, timing in timings.items()}
+
+
+def _steps(kind: str, folder: Path, batches: Sequence[Batch], scale: Scale, stack: ExitStack) -> Callable[[], object]:
+    """A function that trains the next step of a model."""
+    model = load_model(folder).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(kind != FFN_ONLY or is_feed_forward_weight(name))
+    stack.enter_context(training_attention(model, dtype=torch.bfloat16, positions=scale.sequence_length))
+    stack.enter_context(training_linear(model, dtype=torch.bfloat16))
+    step, following = moestro_step(model, torch.bfloat16), cycle(batches)
+    return lambda: step(next(following))
