@@ -30,7 +30,9 @@ from moestro.training.routing_losses.erc import ExpertRouterCoupling
 from moestro.tuning import tune
 
 ORIGINS = [["code", "math", "seed", "code", "math", "seed"]] * 2
-ROUTING = Routing(RoutingRecord(), MicroBatch(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1, 1)), [], [])
+ROUTING = Routing(
+    RoutingRecord(), MicroBatch(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1, 1), torch.zeros(1)), [], []
+)
 
 
 @pytest.fixture(autouse=True)

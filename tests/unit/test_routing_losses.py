@@ -18,7 +18,7 @@ from moestro.training.routing_losses.balance import (
 )
 from moestro.training.routing_losses.z_loss import RouterZLoss, z_loss
 
-MICRO = MicroBatch(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1, 1))
+MICRO = MicroBatch(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1, 1), torch.zeros(1))
 
 
 def record_of(logits_TE: torch.Tensor, top_k: int = 2) -> RoutingRecord:
