@@ -78,6 +78,13 @@ def test_dominance_of_a_matrix_by_hand() -> None:
     assert margin == pytest.approx(((3 - 1) + (2 - 2.5) + (2.4 - 2.5)) / 3 / (13.9 / 9))
 
 
+def test_a_lone_expert_is_coupled_by_no_margin() -> None:
+    """Figures are written as JSON, which has no infinity."""
+    norms_NN = torch.tensor([[3.0]])
+    assert diagonal_dominance(norms_NN) == (1.0, 0.0)
+    assert float(erc_loss(norms_NN, 0.5)) == 0.0
+
+
 def test_gradients_of_the_loss_to_rows_and_experts() -> None:
     rows_ND, gates_NFD = drawn(3, 5, 4)
     noise_ND = row_noise(rows_ND, torch.Generator().manual_seed(2))
