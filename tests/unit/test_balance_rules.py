@@ -57,7 +57,7 @@ def tokens_of(rows: int, positions: int, seed: int = 0) -> torch.Tensor:
 
 
 def micro(tokens_BS: torch.Tensor) -> MicroBatch:
-    return MicroBatch(tokens_BS, torch.zeros(len(tokens_BS)), torch.zeros(1, 1, 1))
+    return MicroBatch(tokens_BS, torch.zeros(len(tokens_BS)), torch.zeros(1, 1, 1), torch.zeros(len(tokens_BS)))
 
 
 def objective_on(model: PreTrainedModel, *configs: Any) -> RoutingObjective:

@@ -14,7 +14,7 @@ from moestro.training.routing_losses import RoutingLoss, RoutingObjective
 from moestro.training.routing_losses.balance import GlobalBatchBalance, SwitchBalance
 
 DOMAINS, HIDDEN, TOP_K, TOKENS, STEPS = 4, 16, 2, 64, 200
-MICRO = MicroBatch(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1, 1))
+MICRO = MicroBatch(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1, 1), torch.zeros(1))
 
 
 def trained(balance: RoutingLoss, seed: int) -> tuple[float, float]:

@@ -30,7 +30,9 @@ from moestro.training.routing_losses.erc import ExpertRouterCoupling
 from moestro.tuning import tune
 
 ORIGINS = [["code", "math", "seed", "code", "math", "seed"]] * 2
-ROUTING = Routing(RoutingRecord(), MicroBatch(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1, 1)), [], [])
+ROUTING = Routing(
+    RoutingRecord(), MicroBatch(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1, 1), torch.zeros(1)), [], []
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +76,13 @@ def test_dominance_of_a_matrix_by_hand() -> None:
     share, margin = diagonal_dominance(norms_NN)
     assert share == pytest.approx(1 / 3)  # the third is the largest of its row, not of its column
     assert margin == pytest.approx(((3 - 1) + (2 - 2.5) + (2.4 - 2.5)) / 3 / (13.9 / 9))
+
+
+def test_a_lone_expert_is_coupled_by_no_margin() -> None:
+    """Figures are written as JSON, which has no infinity."""
+    norms_NN = torch.tensor([[3.0]])
+    assert diagonal_dominance(norms_NN) == (1.0, 0.0)
+    assert float(erc_loss(norms_NN, 0.5)) == 0.0
 
 
 def test_gradients_of_the_loss_to_rows_and_experts() -> None:

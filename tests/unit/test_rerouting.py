@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moestro.config import MutualInformationLoss, RandomPartition, UncertainTokens
+from moestro.config import BipBalance, MutualInformationLoss, RandomPartition, RoutingLossConfig, UncertainTokens
 from moestro.errors import ConfigError
 from moestro.models.gating import GATINGS, Gating, Routed
 from moestro.models.rerouting import all_experts, reroute, skip_absent_experts
 from moestro.models.routers import experts, routers
 from moestro.models.routing import record_routes
 from moestro.training.auxiliary import MicroBatch
-from moestro.training.routing_losses import RoutingObjective
+from moestro.training.routing_losses import Context, RoutingObjective, routing_objective
 from moestro.training.routing_losses.entropy import entropy
 from moestro.training.routing_losses.loss import Routing, RoutingLoss
 from moestro.training.routing_losses.mutual_information import DenseTraining, mutual_information
@@ -34,7 +34,8 @@ from moestro_kernels.experts_mlp import register
 
 Models = Callable[..., PreTrainedModel]
 TOKENS_BS = torch.randint(0, 320, (3, 17), generator=torch.Generator().manual_seed(0))
-MICRO = MicroBatch(TOKENS_BS, torch.zeros(3, dtype=torch.long), torch.zeros(3, 16, 1))
+DOMAINS_B = torch.zeros(3, dtype=torch.long)
+MICRO = MicroBatch(TOKENS_BS, DOMAINS_B, torch.zeros(3, 16, 1), DOMAINS_B)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def trained_once(model: PreTrainedModel, loss: RoutingLoss) -> tuple[RoutingObje
     with objective.attached():
         objective.begin(0, 4)
         hidden_BSD = model.base_model(input_ids=TOKENS_BS[:, :-1], use_cache=False).last_hidden_state
-        micro = MicroBatch(TOKENS_BS, torch.zeros(3, dtype=torch.long), hidden_BSD)
+        micro = MicroBatch(TOKENS_BS, DOMAINS_B, hidden_BSD, DOMAINS_B)
         (hidden_BSD.square().mean() + objective.loss(micro)).backward()
     return objective, hidden_BSD.detach()
 
@@ -224,7 +225,7 @@ def test_random_partition_routes_by_lot_and_draws_experts_together(tiny_moe: Mod
     averaging = RandomPartitionAveraging(RandomPartition(share=0.5), model)
     objective, _ = trained_once(model, averaging)
     for layer, (ids_T1, gates_T1) in enumerate(zip(objective.record.ids, objective.record.weights, strict=True)):
-        assert torch.equal(ids_T1.squeeze(1), random_partition(48, 6, 0, 0, 0, layer, 0))
+        assert torch.equal(ids_T1.squeeze(1), random_partition(48, 6, 0, 0, 0, layer))
         router = routers(model)[layer]
         logits_TE = objective.record.logits[layer]
         own_TK = GATINGS[type(router)].choose(router, logits_TE)
@@ -242,6 +243,42 @@ def test_random_partition_routes_by_lot_and_draws_experts_together(tiny_moe: Mod
 def test_the_share_rises_linearly_from_nothing() -> None:
     assert [linear(0.0, 0.4, step, 5) for step in range(5)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert linear(0.1, 0.0, 0, 1) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (BipBalance(), "glm4_moe"),
+        (MutualInformationLoss(), "glm4_moe"),
+        (MutualInformationLoss(), "mixtral"),
+        (UncertainTokens(threshold=0.01), "mixtral"),
+        (RandomPartition(), "mixtral"),
+    ],
+    ids=lambda value: getattr(value, "type", value),
+)
+def test_where_all_experts_are_chosen_there_is_nothing_left_to_decide(
+    tiny_moe: Models, config: RoutingLossConfig, kind: str
+) -> None:
+    """K = E: all experts, or the best balanced K, are what the router chooses itself; a lot still is one."""
+    model = tiny_moe(kind, num_experts_per_tok=6)
+    with torch.no_grad():
+        served = model.base_model(input_ids=TOKENS_BS[:, :-1]).last_hidden_state
+    (loss,) = routing_objective([config], Context(model.train(), [["code"] * 6] * 2, ("code",))).losses
+    objective, trained = trained_once(model, loss)
+    objective.end()
+    assert all(math.isfinite(value) for value in objective.metrics().values())
+    if config.type != "random_partition":
+        torch.testing.assert_close(trained, served, rtol=1e-4, atol=1e-5)
+
+
+def test_a_share_that_draws_experts_beyond_their_mean_is_refused(tiny_moe: Models) -> None:
+    model = tiny_moe("mixtral", num_experts=4)
+    averaging = RandomPartitionAveraging(RandomPartition(share=0.75), model)
+    averaging.begin(3, 4)
+    averaging.end([])
+    assert averaging.metrics()["expert_distance"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ConfigError, match=r"share of 0.8 draws 4 experts beyond their mean.*3/4.*Lower it"):
+        RandomPartitionAveraging(RandomPartition(share=0.8), model)
 
 
 def test_one_expert_cannot_be_averaged(tiny_moe: Models) -> None:

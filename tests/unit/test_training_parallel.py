@@ -12,16 +12,39 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from moestro.artifacts import Job, SilentReporter
-from moestro.config import GlobalBatchLoss, TrainingConfig, ZLoss
+from moestro.config import (
+    BipBalance,
+    DomainSupervision,
+    ErcLoss,
+    GlobalBatchLoss,
+    LossFreeBalance,
+    MutualInformationLoss,
+    OptimizerConfig,
+    RandomPartition,
+    RomaLoss,
+    RoutingLossConfig,
+    SwitchLoss,
+    TrainingConfig,
+    UncertainTokens,
+    ZLoss,
+)
 from moestro.data.packed import Batch, Mixture, PackedTokens
 from moestro.errors import ConfigError, LostWorkerError, ResourceError
 from moestro.execution import NOWHERE
 from moestro.training import parallel
 from moestro.training.loop import train
-from moestro.training.routing_losses import Context, routing_objective
+from moestro.training.routing_losses import LOSSES, Context, routing_objective
 
 SHAPE = {
     "vocab_size": 64,
@@ -32,6 +55,19 @@ SHAPE = {
     "num_key_value_heads": 2,
 }
 RUN = TrainingConfig(steps=12, batch_size=8, accumulation=2, sequence_length=16, checkpoint_every=3, log_every=1)
+EVERY_LOSS: list[RoutingLossConfig] = [
+    SwitchLoss(coefficient=1.0),
+    GlobalBatchLoss(coefficient=1.0),
+    ZLoss(coefficient=0.1),
+    LossFreeBalance(update_rate=0.01),
+    BipBalance(),
+    ErcLoss(),
+    RomaLoss(coefficient=10.0, neighbours=1),
+    MutualInformationLoss(coefficient=1.0),
+    UncertainTokens(threshold=0.9),
+    RandomPartition(),
+    DomainSupervision(coefficient=1.0),
+]
 HERE = Path(__file__).parent
 DEADLINE = 400.0
 
@@ -205,3 +241,51 @@ def test_two_workers_train_as_one_does_and_take_over_from_each_other(tmp_path: P
             assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
             assert other == pytest.approx(row, rel=1e-4)
         assert other_sums == pytest.approx(sums, rel=1e-3, abs=1e-4)
+
+
+def with_loss(config: RoutingLossConfig, folder: Path) -> Any:
+    """The rows of a run with one loss. In the first layer one domain alone has an expert of its own."""
+    torch.manual_seed(0)
+    if config.type in ("loss_free", "bip"):
+        sparse = {"n_routed_experts": 4, "moe_intermediate_size": 32, "head_dim": 8, "first_k_dense_replace": 0}
+        shape = SHAPE | sparse | {"num_experts_per_tok": 2, "initializer_range": 0.2, "pad_token_id": 0}
+        model: PreTrainedModel = Glm4MoeForCausalLM(Glm4MoeConfig(**shape))
+    else:
+        sparse = {"num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2}
+        model = MixtralForCausalLM(MixtralConfig(**SHAPE, **sparse, sliding_window=None))
+    for part in ("out", "scratch"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    job = Job(out=NOWHERE if parallel.rank() else folder / "out", scratch=folder / "scratch")
+    origins = [["code", "seed", "prose", "seed"], ["seed", "code", "math", "seed"]]
+    objective = routing_objective([config], Context(model, origins, ("code", "math")))
+    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=0)
+    training = RUN.model_copy(update={"steps": 6, "optimizer": optimizer})
+    uneven = Mixture(mixture().domains, RUN.sequence_length, seed=0, shares={"code": 1, "math": 2})
+    try:
+        train(model, uneven, training, job=job, trainable=lambda _: True, auxiliary=objective)
+    except parallel.Followed:
+        return None
+    return json.loads((folder / "out" / "history.json").read_text())["steps"]
+
+
+def with_every_loss(root: str) -> object:
+    return {config.type: with_loss(config, Path(root) / config.type) for config in EVERY_LOSS}
+
+
+@pytest.fixture(scope="module")
+def runs_of_two_workers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("two")
+    return together(folder, 2, "with_every_loss", str(folder / "runs"))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", EVERY_LOSS, ids=lambda config: config.type)
+def test_no_loss_depends_on_the_number_of_workers(
+    config: RoutingLossConfig, runs_of_two_workers: Any, tmp_path: Path
+) -> None:
+    assert {type(one) for one in EVERY_LOSS} == set(LOSSES)
+    alone, together = with_loss(config, tmp_path), runs_of_two_workers[config.type]
+    assert len(alone) == 6
+    for row, other in zip(alone, together, strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-5)

@@ -27,7 +27,7 @@ from moestro.tuning import token_share, tune
 Models = Callable[..., PreTrainedModel]
 ORIGINS = [["code", "math", "prose", "seed", "code", "math"], ["seed", "code", "math", "seed", "seed", "prose"]]
 FAST = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)
-TRAINING = TrainingConfig(steps=4, batch_size=4, accumulation=2, sequence_length=16, log_every=1, optimizer=FAST)
+TRAINING = TrainingConfig(steps=4, batch_size=8, accumulation=2, sequence_length=16, log_every=1, optimizer=FAST)
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +183,26 @@ def test_rates_that_make_no_sense(tiny_moe: Models, tmp_path: Path) -> None:
             TuneConfig.model_validate({"training": TRAINING, "losses": [{"type": "random_partition"}], **fields})
 
 
+@pytest.mark.parametrize("name", ["loss_free", "bip"])
+@pytest.mark.parametrize("fields", [{"trainable": "experts"}, {"rates": {"routers": 0}}])
+def test_a_bias_does_not_move_where_routers_do_not_train(name: str, fields: dict[str, Any]) -> None:
+    losses = [{"type": name}]
+    with pytest.raises(ValidationError, match=rf"{name} moves the routers' correction bias.*leave it out"):
+        TuneConfig.model_validate({"training": TRAINING, "losses": losses, **fields})
+    for trainable in ("all", "router", "non_experts"):
+        TuneConfig.model_validate({"training": TRAINING, "losses": losses, "trainable": trainable})
+
+
+def test_roma_needs_its_neighbours_in_every_micro_batch() -> None:
+    """With 2 neighbours 5 sequences: 3 in the better half, of which each has 2 others."""
+    losses = [{"type": "roma", "neighbours": 2}]
+    TuneConfig.model_validate({"training": {"steps": 1, "batch_size": 10, "accumulation": 2}, "losses": losses})
+    for batch_size, accumulation in ((4, 1), (10, 10), (16, 4)):
+        training = {"steps": 1, "batch_size": batch_size, "accumulation": accumulation}
+        with pytest.raises(ValidationError, match=r"takes 5 sequences; batch_size .* makes [14]: raise batch_size"):
+            TuneConfig.model_validate({"training": training, "losses": losses})
+
+
 def test_frozen_experts_stay_as_they_are(tiny_moe: Models, moe_kind: str, tmp_path: Path) -> None:
     """Against decay, moments and averaging over experts; their neighbours in the same tensor move."""
     tuner = Tuner(tiny_moe(moe_kind), tmp_path)
@@ -216,7 +236,7 @@ def test_experts_that_are_not_there_cannot_be_frozen(tiny_moe: Models, tmp_path:
 
 
 EVERY_LOSS: dict[str, dict[str, Any]] = {
-    "roma": {"losses": [{"type": "roma"}, {"type": "global_batch"}], "trainable": "router"},
+    "roma": {"losses": [{"type": "roma", "neighbours": 1}, {"type": "global_batch"}], "trainable": "router"},
     "mutual_information": {"losses": [{"type": "mutual_information"}]},
     "uncertain_tokens": {"losses": [{"type": "uncertain_tokens", "threshold": 0.5}]},
     "random_partition": {"losses": [{"type": "random_partition"}, {"type": "global_batch"}]},

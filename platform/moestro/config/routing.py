@@ -71,7 +71,7 @@ class RomaLoss(Config):
     layers: int = Field(5, ge=1)
     """How many of the last sparse layers it acts on."""
     neighbours: int = Field(3, ge=1)
-    """Neighbours of each sequence, found in its micro-batch."""
+    """Neighbours of each sequence, found in its micro-batch, which needs twice as many sequences and one more."""
     bandwidth: float = Field(0.4, gt=0)
     """Width of the Gaussian over distances of embeddings, which have length one."""
 
@@ -99,7 +99,8 @@ class RandomPartition(Config):
 
     type: Literal["random_partition"] = "random_partition"
     share: float = Field(0.1, gt=0, le=1)
-    """How far a step draws each expert to the mean of the others, at its end; rises linearly from 0."""
+    """How far a step draws each expert to the mean of the others, at its end; rises linearly from 0. At most
+    (E - 1) / E for E experts, which makes them the same."""
     seed: int = Field(0, ge=0)
     """Seeds the partition."""
 

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from moestro.config.base import EXECUTION, Config
 from moestro.config.data import DomainName, TaskConfig
-from moestro.config.routing import BIASED, REROUTING, GlobalBatchLoss, ParameterRates, RoutingLossConfig
+from moestro.config.routing import BIASED, REROUTING, GlobalBatchLoss, ParameterRates, RomaLoss, RoutingLossConfig
 from moestro.config.training import OptimizerConfig, TrainingConfig
 
 
@@ -139,9 +139,35 @@ class TuneConfig(Config):
             raise ValueError(f"losses: {' and '.join(rerouting)} both decide which experts a token takes; keep one")
         if all(name in types for name in BIASED):
             raise ValueError(f"losses: {' and '.join(BIASED)} both move the correction bias; keep one")
-        if "random_partition" in types and (self.trainable in ("router", "non_experts") or self.rates.experts == 0):
-            raise ValueError("losses: random_partition averages what the experts learn, so the experts have to train")
         return self
+
+    @model_validator(mode="after")
+    def _losses_have_what_they_act_on(self) -> "TuneConfig":
+        for loss in self.losses:
+            if loss.type == "random_partition" and (
+                self.trainable in ("router", "non_experts") or self.rates.experts == 0
+            ):
+                raise ValueError(
+                    "losses: random_partition averages what the experts learn, so the experts have to train"
+                )
+            if loss.type in BIASED and (self.trainable == "experts" or self.rates.routers == 0):
+                raise ValueError(
+                    f"losses: {loss.type} moves the routers' correction bias, so the routers have to train: choose "
+                    "another `trainable` than experts and `rates.routers` above 0, or leave it out"
+                )
+            if loss.type == "roma":
+                self._neighbours_are_there(loss)
+        return self
+
+    def _neighbours_are_there(self, loss: RomaLoss) -> None:
+        """A sequence that is predicted well needs `neighbours` others in the better half, hence twice as many."""
+        training, needed = self.training, 2 * loss.neighbours + 1
+        if (sequences := training.batch_size // training.accumulation) < needed:
+            raise ValueError(
+                f"losses: roma looks for {loss.neighbours} neighbours in the better half of a micro-batch, which takes "
+                f"{needed} sequences; batch_size {training.batch_size} by accumulation {training.accumulation} makes "
+                f"{sequences}: raise batch_size, or lower accumulation or roma's `neighbours`"
+            )
 
 
 class RlConfig(Config):

@@ -58,8 +58,10 @@ def diagonal_dominance(norms_NN: Tensor) -> tuple[float, float]:
     """Share of rows i whose M_ii is the largest of row and column i, and by how much it is on average.
 
     The latter is the mean of M_ii less the largest other of row and column, in units of the mean M; below zero where
-    others dominate.
+    others dominate, and zero where there is no other.
     """
+    if len(norms_NN) < 2:
+        return 1.0, 0.0
     own_N = norms_NN.diagonal()
     others_NN = norms_NN - torch.diag(torch.full_like(own_N, math.inf))
     largest_N = torch.maximum(others_NN.amax(dim=0), others_NN.amax(dim=1))

@@ -50,7 +50,7 @@ def all_experts(routed: Routed) -> Tensor:
     """The ids of all experts for every token [T, E]: the chosen ones first, in their order, then the others."""
     rest_TE = torch.ones_like(routed.logits, dtype=torch.bool).scatter(1, routed.ids, value=False)
     others = routed.logits.shape[-1] - routed.ids.shape[-1]
-    return torch.cat([routed.ids, rest_TE.nonzero()[:, 1].view(-1, others)], dim=-1)
+    return torch.cat([routed.ids, rest_TE.nonzero()[:, 1].view(len(routed.ids), others)], dim=-1)
 
 
 @contextmanager

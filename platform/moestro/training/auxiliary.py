@@ -1,6 +1,7 @@
 """What joins the cross entropy in training: losses beside it, and rules that act after a step.
 
-Shapes: B sequences of a micro-batch, S positions, S' = S + 1 (inputs are [:, :-1], labels [:, 1:]), D hidden.
+Shapes: B sequences of a micro-batch, N sequences of a step, S positions, S' = S + 1 (inputs are [:, :-1], labels
+[:, 1:]), D hidden.
 """
 
 from contextlib import AbstractContextManager
@@ -20,6 +21,8 @@ class MicroBatch:
     """Each sequence's domain, as a position in the mixture's domains [B]."""
     hidden_BSD: Tensor
     """What the output head reads [B, S, D], attached to the graph."""
+    step_domains_N: Tensor
+    """The domains of all sequences that this worker has in the step, its other micro-batches included [N]."""
 
 
 class Auxiliary(Protocol):
@@ -32,7 +35,7 @@ class Auxiliary(Protocol):
         """Optimiser step `step` (from 0) of `total` begins."""
 
     def loss(self, micro: MicroBatch) -> Tensor:
-        """The loss (scalar) of the micro-batch; a step's is their mean."""
+        """The loss (scalar) of this worker's part of the micro-batch; a step's is the mean over both."""
 
     def end(self) -> None:
         """The optimiser has stepped."""

@@ -74,7 +74,7 @@ def backward(
             cross_entropy, hidden_BSD = next_token_loss(model, tokens_BS, documents_BS)
         loss = cross_entropy = cross_entropy * weight
         if auxiliary:
-            loss = loss + auxiliary.loss(MicroBatch(tokens_BS, domains_B, hidden_BSD))
+            loss = loss + auxiliary.loss(MicroBatch(tokens_BS, domains_B, hidden_BSD, batch.domains_B))
         (loss / accumulation).backward()
         total += cross_entropy.detach()
     return float(total / accumulation)

@@ -53,6 +53,17 @@ def gathered(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def mean_tensor(values: Tensor) -> Tensor:
+    """The mean of `values` over all workers, with a gradient to this worker's own as if there were no others.
+
+    Averaging gradients over workers then makes it the gradient of the mean. Every worker has to call it.
+    """
+    if num_workers() == 1:
+        return values
+    own = values.detach()
+    return values + (total(own) / num_workers() - own)
+
+
 def mean(value: float) -> float:
     """The mean of `value` over all workers; every worker has to call it."""
     return float(total(torch.tensor(value, dtype=torch.float64))) / num_workers()

@@ -8,9 +8,10 @@ that is to be balanced. (DeepSeek's f leaves the bias out; the two differ only w
 L is 1 where loads or probabilities are uniform and E where everything goes to one expert (K = 1). The gradient flows
 through P only.
 
-`SwitchBalance` takes f of the micro-batch and the worker. `GlobalBatchBalance` takes it of all workers and from a
-buffer of counts over the step (Demons in the Detail, arXiv 2501.11873): for micro-batch m, f is counted over
-micro-batches 1 to m, P is of micro-batch m; the last one thus sees the whole batch.
+`SwitchBalance` takes f of the micro-batch. `GlobalBatchBalance` takes it from a buffer of counts over the step (Demons
+in the Detail, arXiv 2501.11873): for micro-batch m, f is counted over micro-batches 1 to m, P is of micro-batch m; the
+last one thus sees the whole batch, and the sum of their gradients is not quite that of the concatenated batch. Both
+count f over all workers; P is of each worker's own tokens, and averaging gradients over workers makes it that of all.
 
 T tokens, E experts, K chosen per token.
 """

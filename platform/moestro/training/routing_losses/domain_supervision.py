@@ -4,11 +4,14 @@ NeKo gives each data set an expert and, while training, sends its tokens there a
 Here the assignment is learnt instead of imposed, so that it holds when a token is served without its domain's name:
 for a token of domain d, with O_d the experts of the layer whose origin is d, the loss is the cross entropy
     L = -(1 / |O_d|) sum_{i in O_d} log p_i,    p = softmax(logits), or s / sum_j s_j for sigmoid scores s,
-mean over the tokens of a micro-batch that have such an expert, then over layers. Several experts of one origin share
-the target. Tokens of a domain that no expert comes from are left to the router. Its weight goes linearly from
-`coefficient` at the first step to `final_coefficient` at the last.
+mean over the tokens of a step that have such an expert, then over layers. Several experts of one origin share the
+target. Tokens of a domain that no expert comes from are left to the router. Its weight goes linearly from `coefficient`
+at the first step to `final_coefficient` at the last.
 
-T tokens, E experts, K chosen per token, C domains, L sparse layers.
+Each micro-batch and worker divides its sum by the step's mean of such tokens per micro-batch and worker: however the
+batch is split, every token counts alike.
+
+T tokens of a micro-batch, N sequences of a step, E experts, K chosen per token, C domains, L sparse layers.
 """
 
 from collections.abc import Sequence
@@ -20,7 +23,9 @@ from transformers import PreTrainedModel
 from moestro.config import DomainSupervision
 from moestro.errors import ConfigError
 from moestro.models.routing import own_choices
+from moestro.training.auxiliary import MicroBatch
 from moestro.training.parallel import mean as mean_over_workers
+from moestro.training.parallel import num_workers
 from moestro.training.parallel import total as total_over_workers
 from moestro.training.routing_losses.loss import Routing, RoutingLoss
 from moestro.training.routing_losses.schedule import linear
@@ -31,8 +36,9 @@ def own_experts(origins: Sequence[Sequence[str]], domains: Sequence[str]) -> lis
     return [torch.tensor([[origin == domain for origin in layer] for domain in domains]) for layer in origins]
 
 
-def supervision_loss(probabilities_TE: Tensor, own_TE: Tensor) -> Tensor:
-    """Mean cross entropy towards each token's own experts, nats (scalar), over the tokens that have one; 0 if none has.
+def supervision_loss(probabilities_TE: Tensor, own_TE: Tensor, supervised: float) -> Tensor:
+    """Cross entropy towards each token's own experts, nats (scalar), summed over the tokens that have one and divided
+    by `supervised`, their number; 0 if none has.
 
     `own_TE`: which experts are a token's own, booleans.
     """
@@ -41,7 +47,7 @@ def supervision_loss(probabilities_TE: Tensor, own_TE: Tensor) -> Tensor:
         return torch.zeros(())
     log_TE = probabilities_TE.clamp_min(torch.finfo(probabilities_TE.dtype).tiny).log()
     loss_T = -(log_TE * own_TE).sum(dim=-1) / count_T.clamp_min(1)
-    return loss_T.sum() / count_T.count_nonzero()
+    return loss_T.sum() / supervised
 
 
 class DomainRouting(RoutingLoss):
@@ -79,8 +85,9 @@ class DomainRouting(RoutingLoss):
         micro = routing.micro
         domains_T = micro.domains_B.repeat_interleave(micro.tokens_BS.shape[1] - 1)
         self._count(routing, domains_T)
+        usual_C = self._usual_tokens(micro)
         layers = [
-            supervision_loss(routing.probabilities(layer), own_CE[domains_T])
+            supervision_loss(routing.probabilities(layer), own_CE[domains_T], float(usual_C[own_CE.any(dim=1)].sum()))
             for layer, own_CE in enumerate(self.own_LCE)
         ]
         value = torch.stack(layers).mean()
@@ -93,14 +100,21 @@ class DomainRouting(RoutingLoss):
         self.hits_C2 = total_over_workers(self.hits_C2)
 
     def metrics(self) -> dict[str, float]:
-        """`domain_supervision`: unweighted mean over layers and micro-batches; `own_expert/DOMAIN`: share of its tokens
-        that chose an expert of its own, over the layers that have one.
+        """`domain_supervision`: unweighted mean over layers and the step's tokens; `own_expert/DOMAIN`: share of its
+        tokens that chose an expert of its own, over the layers that have one.
         """
         figures = {"domain_supervision": sum(self.values) / len(self.values)}
         for domain, (hits, tokens) in zip(self.domains, self.hits_C2.tolist(), strict=True):
             if tokens:
                 figures[f"own_expert/{domain}"] = hits / tokens
         return figures
+
+    def _usual_tokens(self, micro: MicroBatch) -> Tensor:
+        """Each domain's tokens in the step, by its number of micro-batches and workers, [C]."""
+        sequences_C = total_over_workers(torch.bincount(micro.step_domains_N, minlength=len(self.domains)).double())
+        sequences, positions = len(micro.domains_B), micro.tokens_BS.shape[1] - 1
+        parts = num_workers() * len(micro.step_domains_N) / sequences
+        return sequences_C * positions / parts
 
     def _count(self, routing: Routing, domains_T: Tensor) -> None:
         for own_CE, ids_TK in zip(self.own_LCE, own_choices(self.model, routing.record), strict=True):

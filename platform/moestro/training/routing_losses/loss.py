@@ -23,9 +23,9 @@ class Routing:
     micro: MicroBatch
     """The micro-batch."""
     micro_loads: list[Tensor]
-    """By layer: how often each expert was chosen in this micro-batch on this worker, [E] float64."""
+    """By layer: how often each expert was chosen in this micro-batch, all workers included, [E] float64."""
     loads: list[Tensor]
-    """The same over all workers and the step's micro-batches so far."""
+    """The same over the step's micro-batches so far."""
 
     def probabilities(self, layer: int) -> Tensor:
         """Scores that add up to one per token, [T, E], attached."""
@@ -46,7 +46,11 @@ class RoutingLoss:
         """Optimiser step `step` (from 0) of `total` begins."""
 
     def loss(self, routing: Routing) -> Tensor:  # noqa: ARG002
-        """The weighted loss of a micro-batch, mean over layers (scalar)."""
+        """The weighted loss of a micro-batch, mean over layers (scalar).
+
+        Gradients are averaged over workers: where each returns its part such that their mean is the loss of the whole
+        micro-batch, the trained model does not depend on their number.
+        """
         return torch.zeros(())
 
     def end(self, loads: list[Tensor]) -> None:

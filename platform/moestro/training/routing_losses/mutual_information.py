@@ -9,7 +9,7 @@ its scale; otherwise a served token lacks the gate mass of the experts beyond K.
 So that the top K stand for all, the loss is, per layer, minus the mutual information of token and expert
     L = -H(mean over tokens of p) + mean over tokens of H(p),    H(p) = -sum_i p_i log p_i,
 with p = softmax(logits), or s / sum_j s_j. It is -log E where every token is sure of one expert and experts are taken
-alike, and 0 where all tokens are routed alike. The mean is taken over a micro-batch.
+alike, and 0 where all tokens are routed alike. The mean is taken over a micro-batch, that of all workers.
 
 T tokens, E experts, K chosen per token.
 """
@@ -25,13 +25,17 @@ from moestro.config import MutualInformationLoss
 from moestro.models.gating import Gating, Routed
 from moestro.models.rerouting import all_experts, reroute
 from moestro.training.parallel import mean as mean_over_workers
+from moestro.training.parallel import mean_tensor
 from moestro.training.routing_losses.entropy import entropy
 from moestro.training.routing_losses.loss import Routing, RoutingLoss
 
 
 def mutual_information(probabilities_TE: Tensor) -> Tensor:
-    """H(mean p) - mean H(p), nats; scalar in [0, log E]."""
-    return entropy(probabilities_TE.mean(dim=0)) - entropy(probabilities_TE).mean()
+    """H(mean p) - mean H(p), nats; scalar, in [0, log E] once it is averaged over workers.
+
+    The first mean is over the tokens of all workers, of which each has as many; the second over this worker's.
+    """
+    return entropy(mean_tensor(probabilities_TE.mean(dim=0))) - entropy(probabilities_TE).mean()
 
 
 class DenseTraining(RoutingLoss):

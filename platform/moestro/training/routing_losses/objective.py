@@ -90,16 +90,17 @@ class RoutingObjective:
             loss.restore(saved)
 
     def _count(self) -> list[Tensor]:
-        """Add the recorded micro-batch to the buffers; returns its own loads on this worker, by layer."""
+        """Add the recorded micro-batch of all workers to the buffers; returns its own loads, by layer."""
         record = self.record
         rerouted = any(loss.reroutes for loss in self.losses)
         chosen = own_choices(self.model, record) if rerouted else record.ids
         micro_loads = []
         self.tokens = self.tokens + total_over_workers(torch.tensor(float(len(record.logits[0])), dtype=torch.float64))
         for layer, (logits_TE, ids_TK) in enumerate(zip(record.logits, chosen, strict=True)):
-            micro_loads.append(expert_counts(ids_TK, logits_TE.shape[-1]))
+            loads_E = expert_counts(ids_TK, logits_TE.shape[-1])
             sums_E = record.gating.probabilities(logits_TE.detach()).double().sum(dim=0)
-            loads_E, sums_E = total_over_workers(torch.stack([micro_loads[-1], sums_E])).unbind()
+            loads_E, sums_E = total_over_workers(torch.stack([loads_E, sums_E])).unbind()
+            micro_loads.append(loads_E)
             if layer == len(self.loads):
                 self.loads.append(loads_E)
                 self.sums.append(sums_E)
