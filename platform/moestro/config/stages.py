@@ -115,6 +115,15 @@ class ImportBranch(Config):
 AnyBranch = Annotated[BranchConfig | ImportBranch, Field(discriminator="type")]
 
 
+TRAINED = {
+    "all": ("experts", "shared_experts", "routers", "others"),
+    "router": ("routers",),
+    "experts": ("experts",),
+    "non_experts": ("shared_experts", "routers", "others"),
+}
+"""Groups of parameters, as `rates` names them, that train by `tune.trainable`."""
+
+
 class TuneConfig(Config):
     """Fine-tune the mixed model on all domains."""
 
@@ -139,9 +148,23 @@ class TuneConfig(Config):
             raise ValueError(f"losses: {' and '.join(rerouting)} both decide which experts a token takes; keep one")
         if all(name in types for name in BIASED):
             raise ValueError(f"losses: {' and '.join(BIASED)} both move the correction bias; keep one")
-        if "random_partition" in types and (self.trainable in ("router", "non_experts") or self.rates.experts == 0):
+        if "random_partition" in types and "experts" not in self.trained():
             raise ValueError("losses: random_partition averages what the experts learn, so the experts have to train")
         return self
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> "TuneConfig":
+        if not self.trained():
+            idle = ", ".join(TRAINED[self.trainable])
+            raise ValueError(
+                f"rates: trainable is {self.trainable}, and the factor of {idle} is 0: nothing would train; "
+                "raise a factor, or choose another trainable"
+            )
+        return self
+
+    def trained(self) -> tuple[str, ...]:
+        """The groups of parameters, as `rates` names them, that train."""
+        return tuple(group for group in TRAINED[self.trainable] if getattr(self.rates, group) != 0)
 
 
 class RlConfig(Config):
