@@ -13,7 +13,7 @@ from typing import Any
 from moestro.artifacts import Artifact, LifecycleRun, Record, StepRun, exclusive
 from moestro.cluster import Cluster
 from moestro.config import LifecycleConfig, Resources
-from moestro.errors import ResourceError, StoppedError, noting
+from moestro.errors import ResourceError, StoppedError, noting, told
 from moestro.execution import Step, run_step
 from moestro.stages import STAGES
 from moestro_flows.events import LISTENER, Listener
@@ -163,7 +163,7 @@ class Session:
             reused=reused,
             started_at=started_at,
             seconds=time.monotonic() - begun,
-            message=str(error or ""),
+            message=told(error) if error else "",
             mlflow_run_id=mlflow_run_id,
         )
         with self._record:
