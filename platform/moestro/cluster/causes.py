@@ -16,5 +16,5 @@ def cause_of(error: Any) -> BaseException:
     while isinstance(cause, ray.exceptions.RayTaskError):  # a task that waited for a task
         cause = cause.cause
     if not isinstance(cause, MoestroError):
-        cause.add_note(f"On its worker:\n{plain(error.traceback_str)}".rstrip())
+        cause.add_note(f"On its worker:\n{plain(str(error))}".rstrip())
     return cause
