@@ -13,13 +13,13 @@ from typing import Any
 from moestro.artifacts import Artifact, LifecycleRun, Record, StepRun, exclusive
 from moestro.cluster import Cluster
 from moestro.config import LifecycleConfig, Resources
-from moestro.errors import ResourceError, StoppedError, noting
+from moestro.errors import ResourceError, StoppedError, noting, told
 from moestro.execution import Step, run_step
 from moestro.stages import STAGES
 from moestro_flows.events import LISTENER, Listener
 from moestro_flows.home import Home
 from moestro_flows.plan import Plan
-from moestro_flows.preflight import preflight
+from moestro_flows.preflight import check_text, preflight
 from moestro_flows.server import end_orphans
 from moestro_flows.tracking import TrackedStep, Tracking
 
@@ -37,6 +37,8 @@ class Session:
     tracking: Tracking
     listener: Listener
     needs_cluster: bool
+    to_run: frozenset[str]
+    """Names of the steps that were not there when the run began."""
     failure: BaseException | None = None
     _started: float = field(default_factory=time.monotonic)
     _stopped: threading.Event = field(default_factory=threading.Event)
@@ -69,7 +71,8 @@ class Session:
             run = run.model_copy(update={"mlflow_run_id": tracking.run_id})
             cluster = Cluster(home.ray_address, cpus=config.resources.cpus)
             needs_cluster = any(step.action == "run" and _on_ray(step.stage) for step in plan.steps)
-            session = cls(home, config, run, cluster, tracking, LISTENER.get(), needs_cluster)
+            to_run = frozenset(step.name for step in plan.steps if step.action == "run")
+            session = cls(home, config, run, cluster, tracking, LISTENER.get(), needs_cluster, to_run)
             session.listener.planned(run, [step.name for step in plan.steps])
             run.write(home.runs)
             try:
@@ -84,8 +87,11 @@ class Session:
                 raise
             session.close()
 
-    def perform(self, name: str, step: Step) -> tuple[StepRun, Artifact]:
-        """Run one step, or reuse its artifact, and write down what happened."""
+    def perform(self, name: str, step: Step, *, text: Mapping[str, Artifact] | None = None) -> tuple[StepRun, Artifact]:
+        """Run one step, or reuse its artifact, and write down what happened.
+
+        Before a step that is given the domains' tokens as `text` runs, they have to suffice for all that will train.
+        """
         if self._stopped.is_set():
             raise StoppedError
         begun, started_at = time.monotonic(), datetime.now(UTC)
@@ -95,6 +101,8 @@ class Session:
             found = self.home.store.find(step.stage, fingerprint)
             with self.tracking.step(name, step, fingerprint, reused=found is not None) as tracked:
                 mlflow_run_id = tracked.run_id
+                if text and not found:
+                    check_text(self.config, text, self.to_run)
                 artifact = found or self._make(name, step, tracked)
                 record = artifact.record
                 tracked.finish(artifact, record)
@@ -163,7 +171,7 @@ class Session:
             reused=reused,
             started_at=started_at,
             seconds=time.monotonic() - begun,
-            message=str(error or ""),
+            message=told(error) if error else "",
             mlflow_run_id=mlflow_run_id,
         )
         with self._record:

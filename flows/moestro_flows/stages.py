@@ -78,13 +78,7 @@ def lifecycle(config_path: str, name: str = "lifecycle") -> str:  # noqa: ARG001
 
 
 def _run(session: Session) -> str:
-    futures: list[PrefectFuture[Any]] = []
-
-    def submit(name: str, stage: str, config: Config, **inputs: Any) -> PrefectFuture[Any]:
-        futures.append(_task(session, name, stage, config).submit(inputs))
-        return futures[-1]
-
-    walk(session.config, submit)
+    futures = _submit_all(session)
     try:
         _wait(session, futures)
     except BaseException as error:
@@ -94,6 +88,22 @@ def _run(session: Session) -> str:
     run = session.finish()
     create_table_artifact(rows(run, session.home.store), key="summary", description=f"Steps of {run.name}")
     return run.id
+
+
+def _submit_all(session: Session) -> list[PrefectFuture[Any]]:
+    """Every step as a task, in the order of the walk. No branch begins before the text of all domains is counted."""
+    futures: list[PrefectFuture[Any]] = []
+    tokens: dict[str, PrefectFuture[Any]] = {}
+
+    def submit(name: str, stage: str, config: Config, **inputs: Any) -> PrefectFuture[Any]:
+        text = dict(tokens) if stage == "branch" else None
+        futures.append(_task(session, name, stage, config).submit(inputs, text))
+        if stage == "tokens":
+            tokens[name.removeprefix("tokens ")] = futures[-1]
+        return futures[-1]
+
+    walk(session.config, submit)
+    return futures
 
 
 def _wait(session: Session, futures: list[PrefectFuture[Any]]) -> None:
@@ -109,8 +119,8 @@ def _task(session: Session, name: str, stage: str, config: Config) -> Any:
     """The Prefect task for one step."""
 
     @task(name=stage, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
-    def perform(inputs: dict[str, Any]) -> State[Artifact]:
-        step, artifact = session.perform(name, Step(stage, config, inputs))
+    def perform(inputs: dict[str, Any], text: dict[str, Artifact] | None) -> State[Artifact]:
+        step, artifact = session.perform(name, Step(stage, config, inputs), text=text)
         if not step.reused:
             create_markdown_artifact(_page(artifact, step.mlflow_run_id), key=f"{stage}-{artifact.fingerprint[:16]}")
         return Completed(name="Reused" if step.reused else "Completed", data=artifact)

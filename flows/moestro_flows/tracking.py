@@ -13,7 +13,7 @@ from typing import Any
 
 from moestro import figures
 from moestro.artifacts import Artifact, LifecycleRun, Record, read_runs
-from moestro.errors import StoppedError, noting
+from moestro.errors import StoppedError, noting, told
 from moestro.execution import Step
 from moestro.registry import Registry, TrackedRun, Tracker, connect
 from moestro_flows.home import Home
@@ -88,7 +88,7 @@ class Tracking:
             if run:
                 with noting(error), self._lock:
                     stopped = isinstance(error, StoppedError | KeyboardInterrupt)
-                    run.finish("cancelled" if stopped else "failed", str(error))
+                    run.finish("cancelled" if stopped else "failed", told(error))
             raise
         if run:
             with self._lock:

@@ -4,11 +4,15 @@ Library code raises these and lets everything else propagate. The command line t
 readable line and exit code 2, the gateway turns it into a 4xx response; neither ever shows a traceback for one.
 
 `named` gives such an error for one that a library raises without a class of its own; `noting` keeps what goes wrong
-while an error is being dealt with from taking its place.
+while an error is being dealt with from taking its place; `told` is what of an error is written down.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_LONGEST = 500
 
 
 class MoestroError(Exception):
@@ -97,3 +101,18 @@ def noting(first: BaseException) -> Iterator[None]:
         if not isinstance(second, Exception):
             raise
         first.add_note(f"While this was dealt with: {type(second).__name__}: {second}")
+
+
+def told(error: BaseException) -> str:
+    """The error in words without a terminal's colours. One that is not a user's to mend is named by its class, and of
+    its message, in which libraries may put whole tracebacks, the first line is kept."""
+    words = plain(str(error)).strip()
+    if isinstance(error, MoestroError):
+        return words
+    first = words.partition("\n")[0][:_LONGEST]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def plain(text: str) -> str:
+    """The text without a terminal's colours."""
+    return _ANSI.sub("", text)

@@ -9,6 +9,7 @@ from moestro.artifacts import read_runs
 from moestro.cluster import Cluster
 from moestro.config import load_lifecycle
 from moestro.errors import InputError, ResourceError, named, noting
+from moestro.execution import Step
 from moestro_flows.home import Home
 from moestro_flows.session import Session
 from moestro_flows.tracking import Tracking
@@ -84,3 +85,15 @@ def test_ray_that_takes_too_long_to_start_is_told_with_a_way_out(monkeypatch: py
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ResourceError, match=r"Ray does not start: The current node timed out.*30 s.*RAY_ADDRESS"):
         Cluster(cpus=1).connect()
+
+
+def test_what_waits_to_be_measured_is_called_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would begin it again on an actor that ends, and tell of each on standard output."""
+    import ray
+
+    called_off: list[tuple[str, bool]] = []
+    monkeypatch.setattr(ray, "cancel", lambda reference, *, force: called_off.append((reference, force)))
+    config = load_lifecycle(TINY)
+    for reference, step in (("first", Step("evaluate", config.evaluate, {})), ("second", Step("mix", config.mix, {}))):
+        Cluster(cpus=1)._end(reference, step, 1, "key")
+    assert called_off == [("first", False), ("second", True)]

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from moestro.artifacts import Artifact, Job
 from moestro.branching import branch
-from moestro.branching.training import _mixture
+from moestro.branching.training import branch_mixture
 from moestro.config import BranchConfig, TrainingConfig
 from moestro.data.tokenizer import train_bpe
 from moestro.errors import InputError
@@ -106,7 +106,7 @@ def test_general_text_comes_between_and_changes_the_branch(tmp_path: Path) -> No
 def test_general_text_is_that_of_all_its_domains_alike(tmp_path: Path) -> None:
     config = BranchConfig(domain="code", training=TRAINING, general_share=0.3)
     general = {"law": tokens_in(tmp_path, "law"), "web": tokens_in(tmp_path, "web")}
-    mixture = _mixture(config, tokens_in(tmp_path, "code"), general)
+    mixture = branch_mixture(config, tokens_in(tmp_path, "code"), general)
     assert list(mixture.domains) == ["code", "law", "web"]
     assert mixture.batch(0, 200).domains_B.bincount().tolist() == [140, 30, 30]
 
@@ -125,9 +125,9 @@ def test_tokens_that_do_not_suit_the_share_are_refused(
     config = BranchConfig(domain="code", training=TRAINING, general_share=share)
     general = {name: tokens_in(tmp_path / "general", name) for name in others}
     with pytest.raises(InputError, match=message):
-        _mixture(config, tokens_in(tmp_path, "code"), general)
+        branch_mixture(config, tokens_in(tmp_path, "code"), general)
     with pytest.raises(InputError, match="no tokens of code"):
-        _mixture(config, None, general)
+        branch_mixture(config, None, general)
 
 
 def test_a_branch_of_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from moestro.artifacts import Artifact, ArtifactStore, SilentReporter
 from moestro.cluster import Cluster
 from moestro.cluster.board import BoardReporter
 from moestro.config import EvaluateConfig, Resources
+from moestro.errors import told
 from moestro.execution import Step, run_step
 from moestro_flows.home import Home
 
@@ -137,3 +138,14 @@ def test_a_worker_that_waits_for_the_board_keeps_its_cores(cluster: Cluster) -> 
         assert ray.wait([second], timeout=WAIT_FOR_A_MISTAKE)[0] == []
         ray.get(board.answer.remote())
         assert ray.get([first, second]) == [1, 2]
+
+
+def test_an_unexpected_error_of_a_worker_is_told_in_one_line(cluster: Cluster, step: Step, tmp_path: Path) -> None:
+    seedless = Step(step.stage, step.config, {"tokens": step.inputs["tokens"]})
+    store = ArtifactStore(tmp_path / "home")
+    with pytest.raises(TypeError) as raised:
+        cluster.run(store, seedless, resources=Resources(cpus=1), reporter=Recorder(), stopped=lambda: False)
+    assert told(raised.value) == "TypeError: branch() missing 1 required keyword-only argument: 'seed'"
+    (note,) = raised.value.__notes__
+    assert note.startswith("On its worker:\n")
+    assert "\x1b" not in note

@@ -201,13 +201,14 @@ class Timed:
 
 
 def test_a_warm_up_beyond_the_budget_is_refused(tmp_path: Path) -> None:
+    flops = training_flops(model_of("llama"), S) * 4 * S * 2
     with pytest.raises(ConfigError, match="warmup_steps: 3 is more than the run's 2 steps"):
-        run(tmp_path, model_of("llama"), tokens=4 * S * 2, optimizer={"warmup_steps": 3})
+        run(tmp_path, model_of("llama"), flops=flops, optimizer={"warmup_steps": 3})
 
 
 def test_a_domain_that_runs_out_is_refused_before_the_first_step(tmp_path: Path) -> None:
     small = mixture(S * 2 + 1)
-    with pytest.raises(ConfigError, match=r"'code' runs out of data: 3 steps would go through its text 3.0 times"):
+    with pytest.raises(ConfigError, match=r"'code' runs out of data: 3 steps would go through its 33 tokens 3.0 times"):
         run(tmp_path, model_of("llama"), small, steps=3, max_epochs=2.5)
     assert run(tmp_path, model_of("llama"), small, steps=3, max_epochs=3).epochs == {"code": 3.0, "math": 3.0}
 

@@ -177,7 +177,7 @@ def test_rates_that_make_no_sense(tiny_moe: Models, tmp_path: Path) -> None:
             ParameterRates.model_validate(wrong)
     tuner = Tuner(tiny_moe("mixtral"), tmp_path)
     with pytest.raises(ConfigError, match=r"No parameter is left to train.*raise a factor of `rates`"):
-        tuner.tune("nothing", trainable="router", rates={"routers": 0})
+        tuner.tune("nothing", trainable="non_experts", rates={"routers": 0, "others": 0})  # there is no shared one
     for fields in ({"trainable": "router"}, {"trainable": "non_experts"}, {"rates": {"experts": 0}}):
         with pytest.raises(ValidationError, match="random_partition averages what the experts learn"):
             TuneConfig.model_validate({"training": TRAINING, "losses": [{"type": "random_partition"}], **fields})

@@ -31,7 +31,7 @@ def train_branch(
     if is_moe(seed.path):
         raise InputError(f"{seed.path} is a Mixture-of-Experts.", hint="Branches start from a dense seed.")
     training = config.training
-    mixture = _mixture(config, tokens, general)
+    mixture = branch_mixture(config, tokens, general)
     model = load_model(seed.path, tokenizer=True)
     trainable = is_feed_forward_weight if config.trainable == "ffn" else lambda _: True
     held_out = (
@@ -47,8 +47,9 @@ def is_feed_forward_weight(name: str) -> bool:
     return _FEED_FORWARD_WEIGHT.fullmatch(name) is not None
 
 
-def _mixture(config: BranchConfig, tokens: Artifact | None, general: Mapping[str, Artifact]) -> Mixture:
-    """The domain's text, and between it `general_share` of general text, all of its domains alike."""
+def branch_mixture(config: BranchConfig, tokens: Artifact | None, general: Mapping[str, Artifact]) -> Mixture:
+    """What a branch trains on: the domain's text, and between it `general_share` of general text, all of its domains
+    alike. Raises `InputError` if tokens do not suit `general_share` or do not fill a sequence."""
     _check(config, tokens, general)
     own, share = config.domain, Fraction(str(config.general_share))
     artifacts = {own: tokens, **general}

@@ -24,6 +24,7 @@ class Board:
         return self.attempts[key]
 
     def put(self, key: str, attempt: int, events: list[tuple[Any, ...]]) -> None:
+        """Keep the events of a worker's `attempt`, unless another one has begun since."""
         if attempt >= self.attempts[key]:  # a board that was started anew has not heard of it
             self.events[key].extend(events)
 
@@ -36,6 +37,7 @@ class Board:
         return self.places.pop(key, [])
 
     def take(self, key: str) -> list[tuple[Any, ...]]:
+        """The events under the key that nobody has taken, in the order in which they came."""
         return self.events.pop(key, [])
 
 
@@ -61,10 +63,12 @@ class BoardReporter:
         self.sent = 0.0
 
     def progress(self, done: int, total: int, message: str = "") -> None:
+        """`done` of `total` units; takes the place of what has not been sent yet."""
         self.buffer = [event for event in self.buffer if event[0] != "progress"]
         self._add(("progress", done, total, message))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Named figures at a step."""
         self._add(("metrics", dict(values), step))
 
     def _add(self, event: tuple[Any, ...]) -> None:
@@ -73,6 +77,7 @@ class BoardReporter:
             self.flush()
 
     def flush(self) -> Any:
+        """Send what has gathered; returns the reference of the board's answer."""
         sent = self.board.put.remote(self.key, self.attempt, self.buffer)
         self.buffer = []
         self.sent = time.monotonic()
@@ -80,5 +85,6 @@ class BoardReporter:
 
 
 def forward(events: list[tuple[Any, ...]], reporter: Reporter) -> None:
+    """Report the events, each the name of a reporter's method and its arguments, to `reporter`."""
     for kind, *arguments in events:
         getattr(reporter, kind)(*arguments)

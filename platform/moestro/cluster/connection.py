@@ -15,12 +15,13 @@ from typing import Any
 
 from moestro.artifacts import Artifact, ArtifactStore, Reporter
 from moestro.cluster.board import BoardReporter, forward, start_board
+from moestro.cluster.causes import cause_of
 from moestro.cluster.claims import claimant
 from moestro.cluster.engine import EngineHost, RemoteEngine
 from moestro.cluster.group import end_group, train_together, workers_for
 from moestro.cluster.room import check_room
 from moestro.config import Resources
-from moestro.errors import LostWorkerError, MoestroError, ResourceError, StoppedError, named, noting
+from moestro.errors import LostWorkerError, ResourceError, StoppedError, named, noting
 from moestro.execution import Step, run_step
 from moestro.inference.engine import EngineConfig, EngineFactory
 from moestro.interrupts import interrupts_held, terminations_kept
@@ -115,8 +116,8 @@ class Cluster:
 
         if workers > 1:
             end_group(reference, self._board, key)
-        elif not STAGES[step.stage].background:  # an actor's work ends with it, when the cluster is left
-            ray.cancel(reference, force=True)
+        else:  # an actor is never ended by force: what it is at ends with it, when the cluster is left
+            ray.cancel(reference, force=not STAGES[step.stage].background)
 
     def _follow(self, reference: Any, key: str, reporter: Reporter, stopped: Callable[[], bool]) -> Artifact:
         """Wait for the artifact while reports are passed on; raises `LostWorkerError` if Ray has given it up."""
@@ -129,9 +130,7 @@ class Cluster:
                     raise StoppedError
             artifact: Artifact = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, MoestroError):
-                raise error.cause from None
-            raise
+            raise cause_of(error) from None
         except (
             ray.exceptions.WorkerCrashedError,
             ray.exceptions.RayActorError,

@@ -5,7 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moestro.errors import MoestroError, ResourceError, StoppedError
+from moestro.cluster.causes import cause_of
+from moestro.errors import ResourceError, StoppedError
 from moestro.inference.engine import EngineConfig
 
 if TYPE_CHECKING:
@@ -27,9 +28,7 @@ class RemoteEngine:
                 with self._cluster.using():
                     return ray.get(self._host.call.remote(method, args, kwargs))
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, MoestroError):
-                    raise error.cause from None
-                raise
+                raise cause_of(error) from None
             except ray.exceptions.RayActorError as error:
                 # Ray's first lines say which actor, the last one why.
                 raise ResourceError(

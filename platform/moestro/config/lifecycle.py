@@ -8,7 +8,6 @@ from moestro.config.base import EXECUTION, Config
 from moestro.config.branches import BranchesConfig
 from moestro.config.data import DataConfig, TokensConfig
 from moestro.config.mixing import MixConfig
-from moestro.config.routing import BIASED
 from moestro.config.stages import (
     AnyBranch,
     CompressConfig,
@@ -19,6 +18,7 @@ from moestro.config.stages import (
     SeedConfig,
     TuneConfig,
 )
+from moestro.config.tuning import check_tuning
 
 SERVED_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of an attention head that vLLM's CPU attention has kernels for."""
@@ -123,22 +123,13 @@ class LifecycleConfig(Config):
             raise ValueError(f"compress.num_experts: {kept} experts do not suit the mix ({error})") from None
 
     @model_validator(mode="after")
-    def _losses_suit_the_router(self) -> "LifecycleConfig":
-        biased = self.mix.selection == "loss_free"
-        for loss in self.tune.losses if self.tune else ():
-            if loss.type == "z_loss" and biased:
-                raise ValueError(
-                    "tune.losses: mix.selection is loss_free, whose sigmoids have no normaliser for a z_loss"
-                )
-            if loss.type in BIASED and not biased:
-                raise ValueError(
-                    f"tune.losses: {loss.type} moves a correction bias, which takes mix.selection: loss_free"
-                )
-            if loss.type == "bip" and self.mix.num_groups_per_tok < self.mix.num_groups:
-                raise ValueError(
-                    "tune.losses: bip balances over all experts, mix.num_groups_per_tok leaves some out; "
-                    "take loss_free, which heeds groups"
-                )
+    def _tuning_suits_the_mix(self) -> "LifecycleConfig":
+        if self.tune:
+            origins = self.mix.expert_origins(self.data.names("expert"))
+            try:
+                check_tuning(self.tune, self.mix, origins=origins, domains=self.data.names())
+            except ValueError as error:
+                raise ValueError(f"tune.{error}") from None
         return self
 
     @model_validator(mode="after")

@@ -115,6 +115,15 @@ class ImportBranch(Config):
 AnyBranch = Annotated[BranchConfig | ImportBranch, Field(discriminator="type")]
 
 
+TRAINED = {
+    "all": ("experts", "shared_experts", "routers", "others"),
+    "router": ("routers",),
+    "experts": ("experts",),
+    "non_experts": ("shared_experts", "routers", "others"),
+}
+"""Groups of parameters, as `rates` names them, that train by `tune.trainable`."""
+
+
 class TuneConfig(Config):
     """Fine-tune the mixed model on all domains."""
 
@@ -142,15 +151,24 @@ class TuneConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _something_trains(self) -> "TuneConfig":
+        if not self.trained():
+            idle = ", ".join(TRAINED[self.trainable])
+            raise ValueError(
+                f"rates: trainable is {self.trainable}, and the factor of {idle} is 0: nothing would train; "
+                "raise a factor, or choose another trainable"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _losses_have_what_they_act_on(self) -> "TuneConfig":
+        trained = self.trained()
         for loss in self.losses:
-            if loss.type == "random_partition" and (
-                self.trainable in ("router", "non_experts") or self.rates.experts == 0
-            ):
+            if loss.type == "random_partition" and "experts" not in trained:
                 raise ValueError(
                     "losses: random_partition averages what the experts learn, so the experts have to train"
                 )
-            if loss.type in BIASED and (self.trainable == "experts" or self.rates.routers == 0):
+            if loss.type in BIASED and "routers" not in trained:
                 raise ValueError(
                     f"losses: {loss.type} moves the routers' correction bias, so the routers have to train: choose "
                     "another `trainable` than experts and `rates.routers` above 0, or leave it out"
@@ -168,6 +186,10 @@ class TuneConfig(Config):
                 f"{needed} sequences; batch_size {training.batch_size} by accumulation {training.accumulation} makes "
                 f"{sequences}: raise batch_size, or lower accumulation or roma's `neighbours`"
             )
+
+    def trained(self) -> tuple[str, ...]:
+        """The groups of parameters, as `rates` names them, that train."""
+        return tuple(group for group in TRAINED[self.trainable] if getattr(self.rates, group) != 0)
 
 
 class RlConfig(Config):

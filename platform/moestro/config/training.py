@@ -1,5 +1,6 @@
 """Configs of what seed, branch and tune share: the optimiser, its schedule, and the batch."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -97,11 +98,23 @@ class TrainingConfig(Config):
             raise ValueError(f"{' and '.join(given)} are both budgets; keep one")
         return self
 
+    @property
+    def known_steps(self) -> int | None:
+        """Optimiser steps, where the budget alone says how many: not in FLOPs or minutes."""
+        if self.tokens is not None:
+            return math.ceil(self.tokens / (self.batch_size * self.sequence_length))
+        return self.steps
+
     @model_validator(mode="after")
-    def _warm_up_fits(self) -> "TrainingConfig":
-        warmup = self.optimizer.warmup_steps
-        if self.steps is not None and warmup is not None and warmup > self.steps:
-            raise ValueError(f"optimizer.warmup_steps: {warmup} is more than the run's {self.steps} steps")
+    def _steps_suffice(self) -> "TrainingConfig":
+        steps, warmup, stopping = self.known_steps, self.optimizer.warmup_steps, self.early_stopping
+        if steps is not None and warmup is not None and warmup > steps:
+            raise ValueError(f"optimizer.warmup_steps: {warmup} is more than the run's {steps} steps")
+        if steps is not None and stopping and stopping.every >= steps:
+            raise ValueError(
+                f"early_stopping.every: {stopping.every} leaves one measurement, at the end of the run's {steps} "
+                "steps, so nothing would stop it; measure more often, or leave early_stopping out"
+            )
         return self
 
     @model_validator(mode="after")

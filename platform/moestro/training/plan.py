@@ -1,7 +1,6 @@
 """How many steps a run has: its budget in steps, and whether the rest of its config and its data fit it."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,8 @@ from moestro.training.state import model_fingerprint, random_state, require_owne
 PLAN = "plan.json"
 TIMED_BATCHES = 2
 """After one that is not timed: it makes what later ones find."""
+MORE_TEXT = "Give it more text, shorten the training, lower its share, or raise max_epochs."
+"""What can be done where a domain runs out of data."""
 OPTIMIZER_SAMPLE = 1 << 22
 """Parameters that the optimiser's share of a step is timed on."""
 
@@ -65,10 +66,8 @@ def make_plan(
     }
     flops = training_flops(model, config.sequence_length)
     tokens = config.batch_size * config.sequence_length
-    if config.steps is not None:
-        steps = config.steps
-    elif config.tokens is not None:
-        steps = math.ceil(config.tokens / tokens)
+    if config.known_steps is not None:
+        steps = config.known_steps
     elif config.flops is not None:
         steps = max(1, round(config.flops / (tokens * flops)))
     else:
@@ -87,15 +86,21 @@ def _check_warm_up(config: TrainingConfig, steps: int) -> None:
         )
 
 
-def _check_epochs(mixture: Mixture, config: TrainingConfig, steps: int) -> None:
+def shortage(mixture: Mixture, config: TrainingConfig, steps: int) -> str:
+    """In which domain `steps` run out of data, by how much; empty where they do not."""
     epochs = mixture.epochs(steps, config.batch_size)
     name = max(epochs, key=lambda name: epochs[name])
-    if epochs[name] > config.max_epochs:
-        raise ConfigError(
-            f"Domain {name!r} runs out of data: {steps} steps would go through its text {epochs[name]:.1f} times, "
-            f"training.max_epochs is {config.max_epochs:g}.",
-            hint="Give it more text, shorten the training, lower its share, or raise max_epochs.",
-        )
+    if epochs[name] <= config.max_epochs:
+        return ""
+    return (
+        f"Domain {name!r} runs out of data: {steps:,} steps would go through its {len(mixture.domains[name].ids):,} "
+        f"tokens {epochs[name]:.1f} times, training.max_epochs is {config.max_epochs:g}."
+    )
+
+
+def _check_epochs(mixture: Mixture, config: TrainingConfig, steps: int) -> None:
+    if lack := shortage(mixture, config, steps):
+        raise ConfigError(lack, hint=MORE_TEXT)
 
 
 def _steps_in_time(

@@ -36,8 +36,7 @@ def tune(config: TuneConfig, *, model: Artifact, tokens: Mapping[str, Artifact],
     if not is_moe(model.path):
         raise InputError(f"{model.path} is a dense model, it has no router to tune.", hint="Tune the result of `mix`.")
     training = config.training
-    domains = {name: PackedTokens.open(artifact.path, "train") for name, artifact in tokens.items()}
-    mixture = Mixture(domains, training.sequence_length, training.seed)
+    mixture = tune_mixture(config, tokens)
     network, origins = load_model(model.path, tokenizer=True), read_origins(model.path)
     objective = routing_objective(config.losses, Context(network, origins, tuple(mixture.domains)))
     result = train(
@@ -53,6 +52,12 @@ def tune(config: TuneConfig, *, model: Artifact, tokens: Mapping[str, Artifact],
     )
     save_model(network, job.out, tokenizer_from=model.path, origins=origins)
     return result.figures("load_balancing_loss", "max_violation")
+
+
+def tune_mixture(config: TuneConfig, tokens: Mapping[str, Artifact]) -> Mixture:
+    """What the MoE is tuned on: all domains alike. Raises `InputError` if one does not fill a sequence."""
+    domains = {name: PackedTokens.open(artifact.path, "train") for name, artifact in tokens.items()}
+    return Mixture(domains, config.training.sequence_length, config.training.seed)
 
 
 def _held_out(tokens: Mapping[str, Artifact]) -> dict[str, PackedTokens]:

@@ -1,17 +1,18 @@
 """The Typer app and `main`, which turns errors into one readable line.
 
 Exit codes: 0 done, 1 a check that was asked for failed, 2 a mistake that the user can mend, 130 interrupted.
-Unexpected exceptions propagate with their traceback: they are ours.
+Unexpected exceptions propagate with their traceback: they are ours. With --json they are a document as well.
 """
 
 import json
 import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import typer
 
-from moestro.errors import MoestroError
+from moestro.errors import MoestroError, told
 from moestro_services.cli.bench import bench
 from moestro_services.cli.changing import append, remove
 from moestro_services.cli.clean import clean
@@ -78,6 +79,17 @@ def main() -> None:
         if ended.code == INTERRUPTED:
             sys.stderr.write("interrupted\n")
         raise
+    except BaseException:
+        if _json_wanted():
+            sys.excepthook = _tell_unexpected  # only now: Typer has put one of its own in place
+        raise
+
+
+def _tell_unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback on standard error, and on standard output what every other error is."""
+    sys.__excepthook__(kind, error, trace)
+    if isinstance(error, Exception):
+        _tell(kind.__name__, told(error), "It is not foreseen: standard error has its traceback.")
 
 
 def _json_wanted() -> bool:

@@ -1,8 +1,10 @@
 """How commands print: tables for people, with `--json` one JSON document and nothing else on standard output."""
 
 import json as json_format
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -17,6 +19,27 @@ WIDTH = 140
 """Columns of what is printed into a file or a pipe."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+OUT, ERR = 1, 2
+"""Standard output and standard error as file descriptors."""
+
+
+@contextmanager
+def others_on_stderr() -> Iterator[None]:
+    """Whatever is printed in the block goes to standard error, by libraries and child processes too: Ray's driver tells
+    of failed calls on standard output, which is the result's alone."""
+    own = sys.stdout
+    own.flush()
+    kept = os.dup(OUT)
+    os.dup2(ERR, OUT)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        own.flush()
+        os.dup2(kept, OUT)
+        os.close(kept)
 
 
 def emit(data: Any, render: Callable[[], RenderableType], *, json: bool) -> None:

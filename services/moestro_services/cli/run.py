@@ -17,7 +17,7 @@ from moestro.artifacts import Artifact, LifecycleRun, read_runs
 from moestro.config import LifecycleConfig, load_lifecycle
 from moestro_flows.home import Home
 from moestro_services.cli.json_events import JsonEvents
-from moestro_services.cli.output import Json, emit
+from moestro_services.cli.output import Json, emit, others_on_stderr
 from moestro_services.cli.progress import LiveProgress
 
 STYLES = {"reuse": "dim", "damaged": "bold red"}
@@ -45,7 +45,7 @@ def run(
     reach(home)
     console = Console(stderr=True)
     progress = JsonEvents() if json else LiveProgress(console)
-    with _terminate_like_interrupt(), progress.listening():
+    with others_on_stderr(), _terminate_like_interrupt(), progress.listening():
         from moestro_flows.stages import run_lifecycle
 
         lifecycle_run = _record(home, run_lifecycle(config, loaded.name))

@@ -17,7 +17,7 @@ from rich.text import Text
 from moestro.artifacts import Artifact, ArtifactStore
 from moestro.config import DOMAIN_NAME, Config, EvaluateConfig, Resources, read_yaml, validate
 from moestro.errors import BusyError, ConfigError, InputError
-from moestro_services.cli.output import Json, emit
+from moestro_services.cli.output import Json, emit, others_on_stderr
 from moestro_services.cli.progress import LiveProgress
 
 DOMAIN_NAME_HINT = "Small letters, digits, dashes and underscores, 32 at most, the first a letter."
@@ -87,7 +87,7 @@ def _run_alone(name: str, config: Config, inputs: dict[str, Any], out: Path, cpu
     store = ArtifactStore(out.parent / f".{out.name}.moestro")
     listener = LiveProgress(Console(stderr=True))
     reporter = _Alone(listener, name)
-    with _tidied(store.root), listener.listening():
+    with others_on_stderr(), _tidied(store.root), listener.listening():
         listener.started(name)
         artifact = run_step(
             store, Step(name, config, inputs), resources=Resources(cpus=cpus), reporter=reporter, extras=_extras(name)
