@@ -1,5 +1,7 @@
 """A run's resumable checkpoints, and what of a run is in them besides the weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,13 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
+from moestro.errors import TrainingError
 from moestro.training import parallel
 from moestro.training.auxiliary import Auxiliary
+from moestro.training.divergence import DivergenceGuard, check_weights
 from moestro.training.held_out import Stopper
 from moestro.training.history import History
-from moestro.training.state import load_state, save_state
+from moestro.training.state import load_state, newest_checkpoint, save_state
 
 
 @dataclass
@@ -61,8 +65,22 @@ class Checkpoints:
             self.stopper.restore(extra["stopper"])
         return Progress(done, History(**extra["history"]), extra["seconds"])
 
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint; worker 0 does, for all."""
+    @contextmanager
+    def named(self, guard: DivergenceGuard) -> Iterator[None]:
+        """Let a `TrainingError` of the block say which checkpoint is the last that `guard` knows to be good."""
+        try:
+            yield
+        except TrainingError as error:
+            path = newest_checkpoint(self.folder, guard.good)
+            words = f"The last good checkpoint is {path}." if path else "There is no good checkpoint from before."
+            raise TrainingError(f"{error.message} {words}", hint=error.hint) from None
+
+    def save(self, progress: Progress, guard: DivergenceGuard) -> None:
+        """Write a checkpoint; worker 0 does, for all. The newest that `guard` knows to be good stays.
+
+        Raises `TrainingError` for a weight that is not finite.
+        """
+        check_weights(progress.done, self.model)
         if parallel.rank() > 0:
             return
         save_state(
@@ -78,4 +96,5 @@ class Checkpoints:
                 "auxiliary": self.auxiliary.state() if self.auxiliary else {},
                 "stopper": self.stopper.state() if self.stopper else {},
             },
+            good=guard.good,
         )

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
@@ -32,6 +33,7 @@ from moestro.training.passes import Passes
 from moestro.training.peak import matmul_peak
 from moestro.training.plan import Plan, make_plan
 from moestro.training.runtime import deterministic, keep_freed_memory
+from moestro.training.state import nothing_trained
 
 STATE = "training"
 
@@ -55,7 +57,8 @@ def train(
     lowest measurement.
     Resumes from `job.scratch`; with the same number of threads the result is bit for bit that of an undisturbed run.
     Raises `ConfigError` for what does not fit together and if nothing is left to train, `InputError` if the scratch is
-    another run's, `TrainingError` naming step and domains if a loss or gradient is not finite, or if the loss diverges.
+    another run's or a batch has nothing to predict, `TrainingError` naming the last good checkpoint if a loss, gradient
+    or weight is not finite (with step and windows), if the loss diverges, or if the weights are broken at the end.
     """
     _check(model, config)
     _choose_what_trains(model, lambda name: trainable(name) and factors.factor(name) > 0)
@@ -151,7 +154,16 @@ class _Run:
         return cls(passes, plan, job, optimizer, schedule, frozen, text, stopper, checkpoints, progress, guard, meter)
 
     def all_steps(self) -> TrainingResult:
-        """Run the steps that are left, checkpointing as configured and at the end."""
+        """Run the steps that are left, and see to it that what they end with is worth keeping."""
+        with self.checkpoints.named(self.guard):
+            self._train()
+            self._judge()
+        if parallel.rank() == 0:
+            self.progress.history.write(self.job.out)
+        return self.meter.result(self.progress, self.passes.mixture, self.stopper)
+
+    def _train(self) -> None:
+        """Steps until the end, checkpointing as configured and there."""
         config, progress, auxiliary = self.passes.config, self.progress, self.passes.auxiliary
         logged, before = progress.done, progress.seconds
         started = logged_at = time.monotonic()
@@ -171,38 +183,56 @@ class _Run:
                 logged, logged_at = done, now
             if last or done % config.checkpoint_every == 0:
                 progress.seconds = before + time.monotonic() - started
-                self.checkpoints.save(progress)
+                self.checkpoints.save(progress, self.guard)
+
+    def _judge(self) -> None:
+        """Raise `TrainingError` if the run has diverged at its end or its last step broke the weights.
+
+        No step's loss is of the weights that the last one left, so batches are gone through once more. Where the best
+        weights are kept, it does not matter how the run ended.
+        """
+        steps = [0]
         if self.stopper:
             self.stopper.load_best(self.passes.model)
-        if parallel.rank() == 0:
-            progress.history.write(self.job.out)
-        return self.meter.result(progress, self.passes.mixture, self.stopper)
+        else:
+            self.guard.finish()
+            steps.append(self.progress.done - 1)
+        for step in sorted(set(steps)):
+            with nothing_trained(self.passes.model):
+                after = self.passes.rehearse(step, self.plan.steps)
+                if self.frozen:
+                    self.frozen.empty_gradients()
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+                self.guard.check_outcome(step, after, parallel.mean(float(norm)))
 
     @property
     def stopped(self) -> bool:
         return self.stopper is not None and self.stopper.stopped
 
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [value for value in self.passes.model.parameters() if value.requires_grad]
+
     def _measure(self, done: int) -> dict[str, float]:
         """The held-out losses where they are due after `done` steps."""
         if not (self.text and self.stopper) or (done % self.stopper.config.every and done < self.plan.steps):
             return {}
-        losses = self.text.losses(self.passes.model)
+        losses = self.text.losses(self.passes.model, done)
         self.stopper.measured(done, losses[HELD_OUT_LOSS], self.passes.model)
         return losses
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns its figures. Weights are left alone if anything is not finite."""
         config, auxiliary = self.passes.config.optimizer, self.passes.auxiliary
-        parameters = [value for value in self.passes.model.parameters() if value.requires_grad]
         batch = self.passes.batch(step)
         if auxiliary:
             auxiliary.begin(step, self.plan.steps)
         loss = self.passes.gradients(batch)
-        parallel.average_gradients(parameters)
+        parallel.average_gradients(self._parameters)
         if self.frozen:
             self.frozen.empty_gradients()
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-        check_finite(step, loss, norm, batch, list(self.passes.mixture.domains))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, config.max_grad_norm))
+        check_finite(step, loss, norm, self.passes.sources(step))
         self.guard.watch(loss)
         learning_rate = config.learning_rate * schedule_factor(config, step, self.plan.steps)
         self.optimizer.step()

@@ -7,9 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from moestro.config import TrainingConfig
-from moestro.data.packed import Batch, Mixture
+from moestro.data.packed import Batch, Mixture, Source
+from moestro.errors import InputError
 from moestro.training import parallel
 from moestro.training.auxiliary import Auxiliary
+from moestro.training.divergence import named_windows
 from moestro.training.objective import backward
 
 
@@ -29,8 +31,22 @@ class Passes:
         return dtype
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step` (from 0), that of all workers."""
-        return self.mixture.batch(step, self.config.batch_size)
+        """The batch of `step` (from 0), that of all workers.
+
+        Raises `InputError` naming its domains if none of its tokens is predicted.
+        """
+        batch = self.mixture.batch(step, self.config.batch_size)
+        if not self.config.cross_document_attention and bool(batch.starts_BS[:, 1:].all()):
+            raise InputError(
+                f"Of the batch of step {step + 1} no token is predicted: every document in it is one token long. "
+                f"It is {named_windows(self.sources(step))}.",
+                hint="Take such documents out, or set cross_document_attention.",
+            )
+        return batch
+
+    def sources(self, step: int) -> list[Source]:
+        """Where the sequences of the batch of `step` come from."""
+        return self.mixture.sources(step, self.config.batch_size)
 
     def gradients(self, batch: Batch) -> float:
         """Add this worker's gradients of the mean loss to `.grad`; returns the mean loss over all workers."""
@@ -48,7 +64,7 @@ class Passes:
     def rehearse(self, step: int, total: int) -> float:
         """The loss of the batch of `step` (from 0) as it is trained on in a run of `total` steps.
 
-        The auxiliary is left as it was; gradients stay.
+        The auxiliary is left as it was; gradients stay. Call it where nothing is to be trained, `nothing_trained`.
         """
         auxiliary = self.auxiliary
         before = copy.deepcopy(auxiliary.state()) if auxiliary else {}
