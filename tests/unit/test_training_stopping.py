@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from moestro.artifacts import Job
-from moestro.config import EarlyStopping, OptimizerConfig, TrainingConfig
+from moestro.config import EarlyStopping, GlobalBatchLoss, OptimizerConfig, RoutingLossConfig, TrainingConfig, ZLoss
 from moestro.data.packed import Mixture, PackedTokens
 from moestro.errors import ConfigError, InputError, TrainingError
+from moestro.training.frozen_experts import FrozenExperts
 from moestro.training.held_out import HeldOutText, Stopper
 from moestro.training.history import TrainingResult
 from moestro.training.loop import train
 from moestro.training.objective import next_token_loss
+from moestro.training.routing_losses import Context, routing_objective
 
 S = 16
 SHAPE = {
@@ -200,6 +202,35 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path, other: str) -> None:
     assert sorted((tmp_path / "scratch/training").iterdir()) == before
     every = CONFIG.model_copy(update={"checkpoint_every": 7})
     assert run(tmp_path, model_of(), every).steps > 10
+
+
+@pytest.mark.parametrize("other", ["coefficient", "one loss more", "none", "frozen"])
+def test_a_checkpoint_of_other_losses_or_frozen_experts_is_refused(tmp_path: Path, other: str) -> None:
+    origins = [["code", "math", "seed", "seed"]]
+
+    def tuned(losses: list[RoutingLossConfig], frozen: list[str], at: int | None = None) -> TrainingResult:
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=None))
+        return run(
+            tmp_path,
+            model,
+            CONFIG.model_copy(update={"steps": 8, "early_stopping": None}),
+            at=at,
+            auxiliary=routing_objective(losses, Context(model, origins, ("noise",))),
+            auxiliary_configs=losses,
+            frozen=FrozenExperts(model, origins, frozen) if frozen else None,
+        )
+
+    with pytest.raises(InterruptedRunError):
+        tuned([GlobalBatchLoss()], ["math"], at=4)
+    losses: dict[str, list[RoutingLossConfig]] = {
+        "coefficient": [GlobalBatchLoss(coefficient=0.5)],
+        "one loss more": [GlobalBatchLoss(), ZLoss()],
+        "none": [],
+    }
+    with pytest.raises(InputError, match="another config, model or data"):
+        tuned(losses.get(other, [GlobalBatchLoss()]), ["code"] if other == "frozen" else ["math"])
+    assert tuned([GlobalBatchLoss()], ["math"]).steps == 8
 
 
 FULL_DISK = """

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moestro.artifacts import canonical_json, fingerprint, sync
-from moestro.config import TrainingConfig
+from moestro.config import Config, TrainingConfig
 from moestro.data.packed import Mixture
 from moestro.errors import ConfigError
 from moestro.training import parallel
 from moestro.training.flops import training_flops
+from moestro.training.frozen_experts import FrozenExperts
 from moestro.training.learning_rates import RateFactors
 from moestro.training.state import model_fingerprint, nothing_trained, require_owner
 
@@ -45,6 +46,8 @@ def make_plan(
     config: TrainingConfig,
     *,
     factors: RateFactors,
+    auxiliary_configs: Sequence[Config],
+    frozen: FrozenExperts | None,
     scratch: Path,
     time_batch: Callable[[int], object],
 ) -> Plan:
@@ -61,6 +64,8 @@ def make_plan(
         "model": model_fingerprint(model),
         "data": canonical_json(mixture.identity()),
         "rates": canonical_json(asdict(factors)),
+        "auxiliary": canonical_json(list(auxiliary_configs)),
+        "frozen experts": canonical_json(frozen.identity() if frozen else []),
     }
     flops = training_flops(model, config.sequence_length)
     tokens = config.batch_size * config.sequence_length
