@@ -57,9 +57,8 @@ def train(
     was made from are `auxiliary_configs`: a checkpoint of others is refused. `frozen` experts stay as they are. Where
     `config` stops early, the loss on `held_out` decides, and the weights are those of its lowest measurement.
     Resumes from `job.scratch`; with the same number of threads the result is bit for bit that of an undisturbed run.
-    Raises `ConfigError` for what does not fit together and if nothing is left to train, `InputError` if the scratch is
-    another run's or a batch has nothing to predict, `TrainingError` naming the last good checkpoint if a loss, gradient
-    or weight is not finite (with step and windows), if the loss diverges, or if the weights are broken at the end.
+    Raises `ConfigError` for what does not fit together, `InputError` for another run's scratch or a batch that predicts
+    nothing, `TrainingError` naming the last good checkpoint for what is not finite or diverges, or a broken end.
     """
     _check(model, config)
     _choose_what_trains(model, lambda name: trainable(name) and factors.factor(name) > 0)
