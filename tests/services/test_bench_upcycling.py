@@ -15,8 +15,8 @@ SMALL = Scale(
     seed_steps=40,
     branch_steps=12,
     tune_steps=12,
-    batch_size=4,
-    sequence_length=64,
+    batch_size=16,
+    sequence_length=32,
     held_out_tokens=2048,
 )
 EQUAL_FLOPS = {rivals.DENSE, rivals.SPARSE, *rivals.MIXES}

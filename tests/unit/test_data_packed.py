@@ -63,6 +63,15 @@ def test_an_epoch_covers_each_window_once_and_the_next_in_another_order() -> Non
     assert sorted(labels) == list(range(1, number * S + 1))
 
 
+def test_a_batch_says_where_its_sequences_come_from() -> None:
+    domains = {"a": PackedTokens.of(np.arange(100)), "b": PackedTokens.of(np.arange(1000, 1060))}
+    data = Mixture(domains, 8, seed=3)
+    for step in (0, 5, 40):
+        sources, batch = data.sources(step, 3), data.batch(step, 3)
+        begins = [int(domains[source.domain].ids[source.window * 8]) for source in sources]
+        assert begins == batch.tokens_BS[:, 0].tolist()
+
+
 def test_a_domains_order_does_not_depend_on_the_others() -> None:
     alone = Mixture({"b": domains()["b"]}, S, seed=0).batch(0, 5).tokens_BS
     both = Mixture(domains(), S, seed=0).batch(0, 10)

@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from moestro.artifacts import Job
 from moestro.config import GlobalBatchLoss, TrainingConfig
 from moestro.data.packed import Batch, Mixture, PackedTokens
+from moestro.errors import InputError
 from moestro.training.attention import NAME, training_attention
+from moestro.training.held_out import HeldOutText
 from moestro.training.loop import train
 from moestro.training.objective import backward, document_positions, next_token_loss
 from moestro.training.routing_losses import Context, routing_objective
@@ -169,3 +171,14 @@ def test_training_without_attention_across_documents_differs(tmp_path: Path) -> 
         mixture = Mixture({"a": packed}, 16, seed=0)
         losses[across] = train(model_of("llama"), mixture, config, job=job, trainable=lambda _: True).final_loss
     assert losses[True] != losses[False]
+
+
+def test_a_batch_of_which_no_token_is_predicted_is_refused(tmp_path: Path) -> None:
+    single = PackedTokens(np.arange(600) % 96, np.arange(600))
+    for folder in (job := Job(out=tmp_path / "out", scratch=tmp_path / "scratch")).out, job.scratch:
+        folder.mkdir()
+    config = TrainingConfig(steps=2, batch_size=2, sequence_length=16, cross_document_attention=False)
+    with pytest.raises(InputError, match=r"the batch of step 1 no token is predicted: .* It is digits \(windows"):
+        train(model_of("llama"), Mixture({"digits": single}, 16, seed=0), config, job=job, trainable=lambda _: True)
+    with pytest.raises(InputError, match="held-out text of domain 'digits' no token is predicted"):
+        HeldOutText({"digits": single}, config, 256)

@@ -144,11 +144,15 @@ def test_minutes_are_timed_once_and_train_nothing(tmp_path: Path, monkeypatch: p
         (tmp_path / name).mkdir()
     job = Job(out=tmp_path / "out", scratch=tmp_path / "scratch")
     config = TrainingConfig(minutes=0.5, batch_size=4, sequence_length=S)
-    objective = routing_objective([GlobalBatchLoss(), ZLoss()], context)
-    result = train(slow, mixture(), config, job=job, trainable=lambda _: True, auxiliary=objective)
+    losses = [GlobalBatchLoss(), ZLoss()]
+    objective = routing_objective(losses, context)
+    given: Any = {"job": job, "trainable": lambda _: True, "auxiliary": objective, "auxiliary_configs": losses}
+    result = train(slow, mixture(), config, **given)
     assert (result.steps, timed.calls) == (5, 1)
     assert json.loads((job.scratch / "plan.json").read_text())["steps"] == 5
-    assert train(model_of("mixtral", **EXPERTS), mixture(), config, job=job, trainable=lambda _: True).steps == 5
+    again = model_of("mixtral", **EXPERTS)
+    objective = routing_objective(losses, Context(again, context.origins, context.domains))
+    assert train(again, mixture(), config, **{**given, "auxiliary": objective}).steps == 5
     assert timed.calls == 1
     fixed = model_of("mixtral", **EXPERTS)
     context = Context(fixed, [["code", "math", "prose", "seed"]] * 2, ("code", "math"))

@@ -1,7 +1,6 @@
-"""Runs that end early: stopped on held-out loss, diverged, of another owner, or on a full disk."""
+"""Runs that end early: stopped on held-out loss, of another owner, or on a full disk."""
 
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from moestro.artifacts import Job
-from moestro.config import EarlyStopping, OptimizerConfig, TrainingConfig
+from moestro.config import EarlyStopping, GlobalBatchLoss, OptimizerConfig, RoutingLossConfig, TrainingConfig, ZLoss
 from moestro.data.packed import Mixture, PackedTokens
 from moestro.errors import ConfigError, InputError, TrainingError
-from moestro.training.divergence import WINDOW, DivergenceGuard
+from moestro.training.frozen_experts import FrozenExperts
 from moestro.training.held_out import HeldOutText, Stopper
 from moestro.training.history import TrainingResult
 from moestro.training.loop import train
 from moestro.training.objective import next_token_loss
+from moestro.training.routing_losses import Context, routing_objective
 
 S = 16
 SHAPE = {
@@ -99,7 +99,7 @@ def test_it_stops_and_returns_the_best_weights(tmp_path: Path) -> None:
     assert result.stopped_at == result.steps < 60
     assert result.best_step == min(measured, key=lambda step: measured[step]) == result.steps - 8
     assert result.best_held_out_loss == min(measured.values())
-    again = HeldOutText({"noise": tokens(1)}, CONFIG, STOPPING.max_tokens).losses(model)["held_out_loss"]
+    again = HeldOutText({"noise": tokens(1)}, CONFIG, STOPPING.max_tokens).losses(model, 0)["held_out_loss"]
     assert again == result.best_held_out_loss
     assert result.figures()["stopped_at"] == result.stopped_at
 
@@ -149,71 +149,39 @@ def test_patience_and_the_least_improvement() -> None:
 def test_held_out_loss_is_the_mean_over_domains_and_leaves_short_documents_apart() -> None:
     model = model_of().eval()
     texts = {"one": tokens(1, 40), "other": tokens(2, 400)}
-    losses = HeldOutText(texts, CONFIG, 64).losses(model)
+    losses = HeldOutText(texts, CONFIG, 64).losses(model, 0)
     assert losses["held_out_loss"] == pytest.approx((losses["held_out_loss/one"] + losses["held_out_loss/other"]) / 2)
     windows = torch.from_numpy(texts["one"].ids[: 2 * 17].reshape(2, 17).astype(np.int64))
     assert losses["held_out_loss/one"] == pytest.approx(float(next_token_loss(model, windows)[0].detach()), rel=1e-6)
     apart = CONFIG.model_copy(update={"cross_document_attention": False})
     cut = PackedTokens(texts["one"].ids, np.arange(0, 40, 5))
-    assert HeldOutText({"one": cut}, apart, 64).losses(model)["held_out_loss"] != losses["held_out_loss/one"]
+    assert HeldOutText({"one": cut}, apart, 64).losses(model, 0)["held_out_loss"] != losses["held_out_loss/one"]
     with pytest.raises(InputError, match="no held-out text"):
         HeldOutText({"none": tokens(0, 1)}, CONFIG, 64)
 
 
-def diverges_at(losses: list[float], vocabulary: int = 50_000) -> int | None:
-    guard = DivergenceGuard(vocabulary, [])
-    for step, loss in enumerate(losses, 1):
-        try:
-            guard.watch(loss)
-        except TrainingError:
-            return step
-    return None
+@pytest.mark.parametrize("measurement", [1, 2])
+def test_a_held_out_loss_that_is_not_finite_names_step_and_domain(tmp_path: Path, measurement: int) -> None:
+    class Breaking(Reporter):
+        def progress(self, done: int, _total: int, _message: str = "") -> None:
+            if done == 4 * measurement:
+                model.model.embed_tokens.weight.data[63] = float("nan")
 
-
-def noisy(losses: list[float]) -> list[float]:
-    generator = random.Random(0)
-    return [loss + generator.gauss(0, 0.2) for loss in losses]
-
-
-def test_what_diverges() -> None:
-    half = WINDOW // 2
-    learnt = [10.8 - 7 * min(1, step / 200) for step in range(400)]
-    lost = diverges_at(noisy([*learnt, *[7.5] * 100]))
-    assert lost is not None
-    assert 400 + half <= lost <= 400 + half + 2
-    assert diverges_at(noisy([2.5, *[7.5] * 100])) == WINDOW
-    worse_than_nothing = diverges_at(noisy([10.8 + step * 0.1 for step in range(100)]))
-    assert worse_than_nothing is not None
-    assert worse_than_nothing < 50
-
-
-def test_what_does_not_diverge() -> None:
-    learnt = noisy([10.8 - 7 * min(1, step / 200) for step in range(400)])
-    assert diverges_at(learnt) is None
-    spike = [*learnt[:300], *[20.0] * (WINDOW // 2 - 2), *learnt[300:]]
-    assert diverges_at(spike) is None
-    warm_up = noisy([2.5 + 1.2 * max(0.0, 1 - abs(step - 60) / 60) for step in range(200)])
-    assert diverges_at(warm_up) is None
-    assert diverges_at(noisy([0.5, 3.5] * 100)) is None
-    assert diverges_at(noisy([14.0] * 100)) is None
-
-
-def test_a_resumed_guard_judges_as_an_undisturbed_one() -> None:
-    losses = [2.0] * 40 + [6.0] * 20
-    step = diverges_at(losses)
-    assert step is not None
-    guard = DivergenceGuard(50_000, losses[: step - 1])
-    with pytest.raises(TrainingError, match=f"by step {step}: .* lowest such median was 2.00") as caught:
-        guard.watch(losses[step - 1])
-    assert "learning_rate" in caught.value.hint
-
-
-def test_a_rate_that_diverges_stops_the_run_and_keeps_checkpoints(tmp_path: Path) -> None:
-    optimizer = OptimizerConfig(learning_rate=3.0, warmup_steps=0, schedule="constant")
-    config = CONFIG.model_copy(update={"optimizer": optimizer, "early_stopping": None, "steps": 200})
-    with pytest.raises(TrainingError, match=r"diverged by step \d+: the median loss of the last 32 steps is"):
-        run(tmp_path, model_of(), config)
-    assert len(list((tmp_path / "scratch/training").glob("step-*.pt"))) == 2
+    model = model_of()
+    for name in ("out", "scratch"):
+        (tmp_path / name).mkdir()
+    job = Job(out=tmp_path / "out", scratch=tmp_path / "scratch", reporter=Breaking())
+    texts = {"sound": PackedTokens.of(np.zeros(300, dtype=np.uint16)), "noise": tokens(1)}
+    message = f"after step {4 * measurement}: the loss on the held-out text of domain 'noise' is nan"
+    with pytest.raises(TrainingError, match=message):
+        train(
+            model,
+            Mixture({"noise": tokens(0)}, S, seed=0),
+            CONFIG,
+            job=job,
+            trainable=lambda _: True,
+            held_out=texts,
+        )
 
 
 @pytest.mark.parametrize("other", ["config", "model", "data", "trainable"])
@@ -234,6 +202,35 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path, other: str) -> None:
     assert sorted((tmp_path / "scratch/training").iterdir()) == before
     every = CONFIG.model_copy(update={"checkpoint_every": 7})
     assert run(tmp_path, model_of(), every).steps > 10
+
+
+@pytest.mark.parametrize("other", ["coefficient", "one loss more", "none", "frozen"])
+def test_a_checkpoint_of_other_losses_or_frozen_experts_is_refused(tmp_path: Path, other: str) -> None:
+    origins = [["code", "math", "seed", "seed"]]
+
+    def tuned(losses: list[RoutingLossConfig], frozen: list[str], at: int | None = None) -> TrainingResult:
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=None))
+        return run(
+            tmp_path,
+            model,
+            CONFIG.model_copy(update={"steps": 8, "early_stopping": None}),
+            at=at,
+            auxiliary=routing_objective(losses, Context(model, origins, ("noise",))),
+            auxiliary_configs=losses,
+            frozen=FrozenExperts(model, origins, frozen) if frozen else None,
+        )
+
+    with pytest.raises(InterruptedRunError):
+        tuned([GlobalBatchLoss()], ["math"], at=4)
+    losses: dict[str, list[RoutingLossConfig]] = {
+        "coefficient": [GlobalBatchLoss(coefficient=0.5)],
+        "one loss more": [GlobalBatchLoss(), ZLoss()],
+        "none": [],
+    }
+    with pytest.raises(InputError, match="another config, model or data"):
+        tuned(losses.get(other, [GlobalBatchLoss()]), ["code"] if other == "frozen" else ["math"])
+    assert tuned([GlobalBatchLoss()], ["math"]).steps == 8
 
 
 FULL_DISK = """

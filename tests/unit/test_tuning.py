@@ -151,3 +151,12 @@ def test_what_the_result_needs_is_missed_before_training(tmp_path: Path, missing
     with pytest.raises(InputError, match=missing):
         tune(TuneConfig(training=TRAINING), model=model, tokens=tokens_in(tmp_path), job=job)
     assert not list(job.scratch.iterdir())
+
+
+@pytest.mark.parametrize("change", [{"losses": LOSSES[:1]}, {"losses": [{**LOSSES[0], "coefficient": 0.3}, LOSSES[1]]}])
+def test_a_training_checkpoint_of_other_losses_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    model, tokens, job = mixed(tmp_path), tokens_in(tmp_path), job_in(tmp_path / "job")
+    config = {"training": TRAINING, "losses": LOSSES}
+    tune(TuneConfig.model_validate(config), model=model, tokens=tokens, job=job)
+    with pytest.raises(InputError, match="another config, model or data"):
+        tune(TuneConfig.model_validate({**config, **change}), model=model, tokens=tokens, job=job)

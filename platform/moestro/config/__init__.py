@@ -86,9 +86,9 @@ from moestro.config.stages import (
     ProfileConfig,
     RlConfig,
     SeedConfig,
-    TuneConfig,
 )
 from moestro.config.training import EarlyStopping, OptimizerConfig, TrainingConfig
+from moestro.config.tuning import TuneConfig
 
 __all__ = [
     "DOMAIN_NAME",

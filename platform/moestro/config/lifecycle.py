@@ -16,9 +16,8 @@ from moestro.config.stages import (
     ProfileConfig,
     RlConfig,
     SeedConfig,
-    TuneConfig,
 )
-from moestro.config.tuning import check_tuning
+from moestro.config.tuning import TuneConfig, check_tuning
 
 SERVED_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of an attention head that vLLM's CPU attention has kernels for."""

@@ -77,6 +77,13 @@ class Batch(NamedTuple):
     starts_BS: BoolTensor
 
 
+class Source(NamedTuple):
+    """Where a sequence comes from: its domain and its window, whose tokens begin at S times its number."""
+
+    domain: str
+    window: int
+
+
 class Mixture:
     """Domains in fixed shares; each gives its windows in a seeded random order that is new in every epoch.
 
@@ -130,6 +137,12 @@ class Mixture:
             chosen.append(domain)
         return Batch(_long(np.stack(rows)), _long(np.asarray(chosen)), torch.from_numpy(np.stack(starts)))  # type: ignore[arg-type]
 
+    def sources(self, step: int, batch_size: int) -> list[Source]:
+        """Where the sequences of that batch come from, in its order."""
+        names = list(self.domains)
+        dealt = (self._whose(sequence) for sequence in range(step * batch_size, (step + 1) * batch_size))
+        return [Source(names[domain], self._place(names[domain], turn)) for domain, turn in dealt]
+
     def epochs(self, steps: int, batch_size: int) -> dict[str, float]:
         """How often `steps` batches go through each domain's windows."""
         sequences = steps * batch_size
@@ -166,10 +179,14 @@ class Mixture:
 
     def _window(self, name: str, turn: int) -> tuple[Ids, Ids]:
         """The domain's window number `turn`, counted over all epochs, and where documents start in it."""
-        epoch, position = divmod(turn, self.num_windows[name])
-        start = int(self._order(name, epoch)[position]) * self.sequence_length
+        start = self._place(name, turn) * self.sequence_length
         length, packed = self.sequence_length + 1, self.domains[name]
         return packed.ids[start : start + length], packed.starts(start, length)
+
+    def _place(self, name: str, turn: int) -> int:
+        """Where in the domain's text, counted in windows, that window is."""
+        epoch, position = divmod(turn, self.num_windows[name])
+        return int(self._order(name, epoch)[position])
 
     def _order(self, name: str, epoch: int) -> Ids:
         known = self._orders.get(name)

@@ -27,11 +27,16 @@ class FrozenExperts:
                     f"tune.frozen_experts: no expert comes from {name!r}.",
                     hint=f"There are experts from {', '.join(sorted(there))}.",
                 )
+        self._rows = [[row for row, origin in enumerate(layer) if origin in names] for layer in origins]
         self._kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-        for module, layer in zip(experts(model), origins, strict=True):
-            rows = torch.tensor([row for row, origin in enumerate(layer) if origin in names], dtype=torch.long)
+        for module, frozen in zip(experts(model), self._rows, strict=True):
+            rows = torch.tensor(frozen, dtype=torch.long)
             for parameter in module.parameters() if len(rows) else ():
                 self._kept.append((parameter, rows, parameter.detach()[rows].clone()))
+
+    def identity(self) -> list[list[int]]:
+        """Which experts they are, per layer."""
+        return self._rows
 
     def empty_gradients(self) -> None:
         """Call before gradients are clipped."""

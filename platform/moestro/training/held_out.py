@@ -5,7 +5,7 @@ Shapes: N windows, S' = S + 1 tokens of a window, B windows of a forward pass.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from moestro.config import EarlyStopping, TrainingConfig
 from moestro.data.packed import PackedTokens
-from moestro.errors import InputError
+from moestro.errors import InputError, TrainingError
 from moestro.training import parallel
+from moestro.training.divergence import HINT
 from moestro.training.objective import next_token_loss
 from moestro.training.state import trained_tensors
 
@@ -28,20 +29,33 @@ class HeldOutText:
     """Windows of each domain's held-out text, spread evenly over it, read as in training."""
 
     def __init__(self, domains: Mapping[str, PackedTokens], config: TrainingConfig, max_tokens: int) -> None:
-        """Raises `InputError` for a domain of fewer than two tokens."""
+        """Raises `InputError` for a domain of which no token is predicted."""
         self.config = config
         self.windows = {
             name: _windows(name, packed, config.sequence_length, max_tokens) for name, packed in domains.items()
         }
+        for name, (_, starts_NS) in self.windows.items():
+            if not config.cross_document_attention and bool(starts_NS[:, 1:].all()):
+                raise InputError(
+                    f"Of the held-out text of domain {name!r} no token is predicted: every document is one token long.",
+                    hint="Give it longer documents, or set cross_document_attention.",
+                )
 
-    def losses(self, model: PreTrainedModel) -> dict[str, float]:
+    def losses(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         """`held_out_loss/<domain>`: nats per predicted token; `held_out_loss`: their mean, each domain counting alike.
 
         Every worker reads its part; all get the same figures. Routers decide for themselves, whatever training does.
+        Raises `TrainingError` naming domain and `step` (finished steps) for a loss that is not finite.
         """
         model.eval()
         by_domain = {name: self._mean(model, *windows) for name, windows in self.windows.items()}
         model.train()
+        for name, loss in by_domain.items():
+            if not isfinite(loss):
+                raise TrainingError(
+                    f"Training stopped after step {step}: the loss on the held-out text of domain {name!r} is {loss}.",
+                    hint=HINT,
+                )
         mean = sum(by_domain.values()) / len(by_domain)
         return {HELD_OUT_LOSS: mean} | {f"{HELD_OUT_LOSS}/{name}": loss for name, loss in by_domain.items()}
 

@@ -3,36 +3,37 @@
 Its state lies in `job.scratch`/training. The position in the data is the step alone, so nothing about data is kept.
 """
 
-import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from moestro.artifacts import Job
-from moestro.config import TrainingConfig
-from moestro.data.packed import Batch, Mixture, PackedTokens
+from moestro.config import Config, TrainingConfig
+from moestro.data.packed import Mixture, PackedTokens
 from moestro.errors import ConfigError
 from moestro.training import parallel
 from moestro.training.attention import training_attention
 from moestro.training.auxiliary import Auxiliary
+from moestro.training.checkpoints import Checkpoints, Progress
 from moestro.training.divergence import DivergenceGuard, check_finite
 from moestro.training.frozen_experts import FrozenExperts
 from moestro.training.held_out import HELD_OUT_LOSS, HeldOutText, Stopper
-from moestro.training.history import History, TrainingResult
+from moestro.training.history import TrainingResult
 from moestro.training.learning_rates import ALIKE, RateFactors
 from moestro.training.linear import training_linear
-from moestro.training.objective import backward
+from moestro.training.meter import Meter
 from moestro.training.optimizer import build_optimizer, schedule_factor
+from moestro.training.passes import Passes
 from moestro.training.peak import matmul_peak
 from moestro.training.plan import Plan, make_plan
 from moestro.training.runtime import deterministic, keep_freed_memory
-from moestro.training.state import load_state, save_state
+from moestro.training.state import nothing_trained
 
 STATE = "training"
 
@@ -46,35 +47,43 @@ def train(
     trainable: Callable[[str], bool],
     auxiliary: Auxiliary | None = None,
     factors: RateFactors = ALIKE,
+    auxiliary_configs: Sequence[Config] = (),
     frozen: FrozenExperts | None = None,
     held_out: Mapping[str, PackedTokens] | None = None,
 ) -> TrainingResult:
     """Train the parameters of `model` whose names `trainable` accepts, in place, and write `job.out`/history.json.
 
-    `factors` multiply the learning rate by group of parameters; one whose factor is 0 does not train. `frozen` experts
-    stay as they are. Where `config` stops early, the loss on `held_out` decides, and the weights are those of its
-    lowest measurement.
+    `factors` multiply the learning rate by group of parameters; one whose factor is 0 does not train. What `auxiliary`
+    was made from are `auxiliary_configs`: a checkpoint of others is refused. `frozen` experts stay as they are. Where
+    `config` stops early, the loss on `held_out` decides, and the weights are those of its lowest measurement.
     Resumes from `job.scratch`; with the same number of threads the result is bit for bit that of an undisturbed run.
-    Raises `ConfigError` for what does not fit together and if nothing is left to train, `InputError` if the scratch is
-    another run's, `TrainingError` naming step and domains if a loss or gradient is not finite, or if the loss diverges.
+    Raises `ConfigError` for what does not fit together, `InputError` for another run's scratch or a batch that predicts
+    nothing, `TrainingError` naming the last good checkpoint for what is not finite or diverges, or a broken end.
     """
     _check(model, config)
     _choose_what_trains(model, lambda name: trainable(name) and factors.factor(name) > 0)
     text = _held_out_text(config, held_out)
     torch.manual_seed(config.seed)
-    dtype = getattr(torch, config.dtype)
     model.train()
+    passes = Passes(model, mixture, config, auxiliary)
     with ExitStack() as stack:
         stack.enter_context(deterministic())
         stack.enter_context(keep_freed_memory())
-        stack.enter_context(training_attention(model, dtype=dtype, positions=config.sequence_length))
-        stack.enter_context(training_linear(model, dtype=dtype))
+        stack.enter_context(training_attention(model, dtype=passes.dtype, positions=config.sequence_length))
+        stack.enter_context(training_linear(model, dtype=passes.dtype))
         if auxiliary:
             stack.enter_context(auxiliary.attached())
-        passes = _Passes(model, mixture, config, dtype, auxiliary)
-        plan = make_plan(model, mixture, config, factors=factors, scratch=job.scratch, time_batch=passes.rehearse)
-        optimizer, schedule = build_optimizer(model, config.optimizer, plan.steps, factors)
-        result = _Run(passes, plan, job, optimizer, schedule, frozen, text).all_steps()
+        plan = make_plan(
+            model,
+            mixture,
+            config,
+            factors=factors,
+            auxiliary_configs=auxiliary_configs,
+            frozen=frozen,
+            scratch=job.scratch,
+            time_batch=lambda step: passes.rehearse(step, step + 1),
+        )
+        result = _Run.resumed(passes, plan, job, factors, frozen, text).all_steps()
     parallel.only_the_first_goes_on()
     model.eval()
     return result
@@ -107,187 +116,133 @@ def _held_out_text(config: TrainingConfig, domains: Mapping[str, PackedTokens] |
     return HeldOutText(domains, config, config.early_stopping.max_tokens)
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """Going through batches, forward and backward."""
-
-    model: PreTrainedModel
-    mixture: Mixture
-    config: TrainingConfig
-    dtype: torch.dtype
-    auxiliary: Auxiliary | None
-
-    def gradients(self, batch: Batch) -> float:
-        """Add this worker's gradients of the mean loss to `.grad`; returns the mean loss over all workers."""
-        config = self.config
-        loss = backward(
-            self.model,
-            parallel.share(batch, config.accumulation),
-            accumulation=config.accumulation,
-            dtype=self.dtype,
-            auxiliary=self.auxiliary,
-            cross_document_attention=config.cross_document_attention,
-        )
-        return parallel.mean(loss)
-
-    def rehearse(self, step: int) -> None:
-        """Go through the batch of `step` and leave the auxiliary as it was; gradients stay."""
-        auxiliary = self.auxiliary
-        before = copy.deepcopy(auxiliary.state()) if auxiliary else {}
-        if auxiliary:
-            auxiliary.begin(step, step + 1)
-        self.gradients(self.mixture.batch(step, self.config.batch_size))
-        if auxiliary:
-            auxiliary.restore(before)
-
-
 @dataclass
 class _Run:
     """One attempt at a training run."""
 
-    passes: _Passes
+    passes: Passes
     plan: Plan
     job: Job
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     frozen: FrozenExperts | None
     text: HeldOutText | None
+    stopper: Stopper | None
+    checkpoints: Checkpoints
+    progress: Progress
+    guard: DivergenceGuard
+    meter: Meter
 
-    def __post_init__(self) -> None:
-        self.model, self.mixture, self.config = self.passes.model, self.passes.mixture, self.passes.config
-        self.auxiliary = self.passes.auxiliary
-        self.parameters = [value for value in self.model.parameters() if value.requires_grad]
-        self.stopper = Stopper(self.config.early_stopping) if self.config.early_stopping else None
-        self.history = History()
-        self.seconds = 0.0
-        self.peak = matmul_peak(self.passes.dtype) * parallel.num_workers()
+    @classmethod
+    def resumed(
+        cls,
+        passes: Passes,
+        plan: Plan,
+        job: Job,
+        factors: RateFactors,
+        frozen: FrozenExperts | None,
+        text: HeldOutText | None,
+    ) -> "_Run":
+        """The run where its newest checkpoint has it, or at its beginning."""
+        model, config = passes.model, passes.config
+        optimizer, schedule = build_optimizer(model, config.optimizer, plan.steps, factors)
+        stopper = Stopper(config.early_stopping) if config.early_stopping else None
+        checkpoints = Checkpoints(
+            job.scratch / STATE, plan.owner, model, optimizer, schedule, passes.auxiliary, stopper
+        )
+        progress = checkpoints.resume()
+        guard = DivergenceGuard(model.config.vocab_size, progress.history.losses)
+        meter = Meter(config, plan.flops_per_token, matmul_peak(passes.dtype) * parallel.num_workers())
+        return cls(passes, plan, job, optimizer, schedule, frozen, text, stopper, checkpoints, progress, guard, meter)
 
     def all_steps(self) -> TrainingResult:
-        """Run the steps that are left, checkpointing as configured and at the end."""
-        config, total = self.config, self.plan.steps
-        done = logged = self._resume()
-        self.guard = DivergenceGuard(self.model.config.vocab_size, self.history.losses)
+        """Run the steps that are left, and see to it that what they end with is worth keeping."""
+        with self.checkpoints.named(self.guard):
+            self._train()
+            self._judge()
+        if parallel.rank() == 0:
+            self.progress.history.write(self.job.out)
+        return self.meter.result(self.progress, self.passes.mixture, self.stopper)
+
+    def _train(self) -> None:
+        """Steps until the end, checkpointing as configured and there."""
+        config, progress, auxiliary = self.passes.config, self.progress, self.passes.auxiliary
+        logged, before = progress.done, progress.seconds
         started = logged_at = time.monotonic()
-        before = self.seconds
-        while done < total and not self.stopped:
-            figures = self._step(done)
-            done += 1
-            self.job.reporter.progress(done, total, f"loss {self.history.losses[-1]:.3f}")
+        while progress.done < self.plan.steps and not self.stopped:
+            figures = self._step(progress.done)
+            progress.done += 1
+            done = progress.done
+            self.job.reporter.progress(done, self.plan.steps, f"loss {progress.history.losses[-1]:.3f}")
             measured = self._measure(done)
-            last = done == total or self.stopped
+            last = done == self.plan.steps or self.stopped
             if last or measured or done % config.log_every == 0:
-                row = self.history.log(
-                    done, figures | (parallel.means(self.auxiliary.metrics()) if self.auxiliary else {}) | measured
+                row = progress.history.log(
+                    done, figures | (parallel.means(auxiliary.metrics()) if auxiliary else {}) | measured
                 )
                 now = time.monotonic()
-                self.job.reporter.metrics(row | self._speed(done - logged, now - logged_at), done)
+                self.job.reporter.metrics(row | self.meter.speed(done - logged, now - logged_at), done)
                 logged, logged_at = done, now
             if last or done % config.checkpoint_every == 0:
-                self.seconds = before + time.monotonic() - started
-                self._save(done)
+                progress.seconds = before + time.monotonic() - started
+                self.checkpoints.save(progress, self.guard)
+
+    def _judge(self) -> None:
+        """Raise `TrainingError` if the run has diverged at its end or its last step broke the weights.
+
+        No step's loss is of the weights that the last one left, so batches are gone through once more. Where the best
+        weights are kept, it does not matter how the run ended.
+        """
+        steps = [0]
         if self.stopper:
-            self.stopper.load_best(self.model)
-        if parallel.rank() == 0:
-            self.history.write(self.job.out)
-        return self._result(done)
+            self.stopper.load_best(self.passes.model)
+        else:
+            self.guard.finish()
+            steps.append(self.progress.done - 1)
+        for step in sorted(set(steps)):
+            with nothing_trained(self.passes.model):
+                after = self.passes.rehearse(step, self.plan.steps)
+                if self.frozen:
+                    self.frozen.empty_gradients()
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+                self.guard.check_outcome(step, after, parallel.mean(float(norm)))
 
     @property
     def stopped(self) -> bool:
         return self.stopper is not None and self.stopper.stopped
 
-    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
-        tokens_per_second = steps * self.config.batch_size * self.config.sequence_length / seconds
-        return {
-            "tokens_per_second": tokens_per_second,
-            "model_flops_utilization": tokens_per_second * self.plan.flops_per_token / self.peak,
-        }
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [value for value in self.passes.model.parameters() if value.requires_grad]
 
     def _measure(self, done: int) -> dict[str, float]:
         """The held-out losses where they are due after `done` steps."""
         if not (self.text and self.stopper) or (done % self.stopper.config.every and done < self.plan.steps):
             return {}
-        losses = self.text.losses(self.model)
-        self.stopper.measured(done, losses[HELD_OUT_LOSS], self.model)
+        losses = self.text.losses(self.passes.model, done)
+        self.stopper.measured(done, losses[HELD_OUT_LOSS], self.passes.model)
         return losses
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns its figures. Weights are left alone if anything is not finite."""
-        config = self.config
-        batch = self.mixture.batch(step, config.batch_size)
-        if self.auxiliary:
-            self.auxiliary.begin(step, self.plan.steps)
+        config, auxiliary = self.passes.config.optimizer, self.passes.auxiliary
+        batch = self.passes.batch(step)
+        if auxiliary:
+            auxiliary.begin(step, self.plan.steps)
         loss = self.passes.gradients(batch)
-        parallel.average_gradients(self.parameters)
+        parallel.average_gradients(self._parameters)
         if self.frozen:
             self.frozen.empty_gradients()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.max_grad_norm))
-        check_finite(step, loss, norm, batch, list(self.mixture.domains))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, config.max_grad_norm))
+        check_finite(step, loss, norm, self.passes.sources(step))
         self.guard.watch(loss)
-        learning_rate = config.optimizer.learning_rate * schedule_factor(config.optimizer, step, self.plan.steps)
+        learning_rate = config.learning_rate * schedule_factor(config, step, self.plan.steps)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.auxiliary:
-            self.auxiliary.end()
+        if auxiliary:
+            auxiliary.end()
         if self.frozen:
             self.frozen.restore()
-        self.history.losses.append(loss)
+        self.progress.history.losses.append(loss)
         return {"grad_norm": norm, "learning_rate": learning_rate}
-
-    def _resume(self) -> int:
-        extra: dict[str, Any] = {}
-        with parallel.first_worker_first():
-            done = load_state(
-                self.job.scratch / STATE,
-                model=self.model,
-                optimizer=self.optimizer,
-                schedule=self.schedule,
-                owner=self.plan.owner,
-                extra=extra,
-            )
-        if parallel.agreed(done, "The last checkpoint's step") is None or done is None:
-            return 0
-        self.history = History(**extra["history"])
-        self.seconds = extra["seconds"]
-        if self.auxiliary:
-            self.auxiliary.restore(extra["auxiliary"])
-        if self.stopper:
-            self.stopper.restore(extra["stopper"])
-        return done
-
-    def _save(self, done: int) -> None:
-        if parallel.rank() > 0:
-            return
-        save_state(
-            self.job.scratch / STATE,
-            done,
-            model=self.model,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            owner=self.plan.owner,
-            extra={
-                "history": asdict(self.history),
-                "seconds": self.seconds,
-                "auxiliary": self.auxiliary.state() if self.auxiliary else {},
-                "stopper": self.stopper.state() if self.stopper else {},
-            },
-        )
-
-    def _result(self, done: int) -> TrainingResult:
-        tokens = done * self.config.batch_size * self.config.sequence_length
-        speed = self._speed(done, self.seconds)
-        return TrainingResult(
-            final_loss=self.history.rows[-1]["loss"],
-            steps=done,
-            tokens=tokens,
-            tokens_per_second=speed["tokens_per_second"],
-            seconds=self.seconds,
-            loss_flatness=self.history.flatness(),
-            flops=tokens * self.plan.flops_per_token,
-            mfu=speed["model_flops_utilization"],
-            epochs=self.mixture.epochs(done, self.config.batch_size),
-            last=self.history.rows[-1],
-            stopped_at=done if self.stopped else None,
-            best_step=self.stopper.best_step if self.stopper else None,
-            best_held_out_loss=self.stopper.best_loss if self.stopper else None,
-        )

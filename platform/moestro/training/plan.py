@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,13 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moestro.artifacts import canonical_json, fingerprint, sync
-from moestro.config import TrainingConfig
+from moestro.config import Config, TrainingConfig
 from moestro.data.packed import Mixture
 from moestro.errors import ConfigError
 from moestro.training import parallel
 from moestro.training.flops import training_flops
+from moestro.training.frozen_experts import FrozenExperts
 from moestro.training.learning_rates import RateFactors
-from moestro.training.state import model_fingerprint, random_state, require_owner, set_random_state
+from moestro.training.state import model_fingerprint, nothing_trained, require_owner
 
 PLAN = "plan.json"
 TIMED_BATCHES = 2
@@ -38,7 +38,7 @@ class Plan:
     flops_per_token: float
     """Model FLOPs, forward and backward."""
     owner: str
-    """Whose the training state is: a fingerprint of config, model, data and the number of steps."""
+    """Whose the training state is: a fingerprint of all that decides the run's result."""
 
 
 def make_plan(
@@ -47,6 +47,8 @@ def make_plan(
     config: TrainingConfig,
     *,
     factors: RateFactors,
+    auxiliary_configs: Sequence[Config],
+    frozen: FrozenExperts | None,
     scratch: Path,
     time_batch: Callable[[int], object],
 ) -> Plan:
@@ -63,6 +65,8 @@ def make_plan(
         "model": model_fingerprint(model),
         "data": canonical_json(mixture.identity()),
         "rates": canonical_json(asdict(factors)),
+        "auxiliary": canonical_json(list(auxiliary_configs)),
+        "frozen experts": canonical_json(frozen.identity() if frozen else []),
     }
     flops = training_flops(model, config.sequence_length)
     tokens = config.batch_size * config.sequence_length
@@ -125,7 +129,7 @@ def _steps_in_time(
 
 def _seconds_per_step(model: PreTrainedModel, time_batch: Callable[[int], object]) -> float:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _nothing_trained(model):
+    with nothing_trained(model):
         time_batch(0)
         started = time.monotonic()
         for number in range(1, TIMED_BATCHES + 1):
@@ -133,18 +137,6 @@ def _seconds_per_step(model: PreTrainedModel, time_batch: Callable[[int], object
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         seconds = (time.monotonic() - started) / TIMED_BATCHES
     return seconds + _optimizer_seconds(sum(parameter.numel() for parameter in parameters))
-
-
-@contextmanager
-def _nothing_trained(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers and random states are afterwards what they were."""
-    state = random_state()
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    yield
-    set_random_state(state)
-    for name, value in model.named_buffers():
-        value.copy_(buffers[name])
-    model.zero_grad(set_to_none=True)
 
 
 def _optimizer_seconds(parameters: int) -> float:

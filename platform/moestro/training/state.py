@@ -10,6 +10,8 @@ run does not resume from it.
 import hashlib
 import random
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,10 @@ def save_state(
     schedule: LRScheduler,
     owner: str,
     extra: dict[str, Any],
+    good: Callable[[int], bool] = lambda _: False,
 ) -> None:
-    """Keep everything that `step` finished steps have changed, and drop all but the last two checkpoints.
+    """Keep everything that `step` finished steps have changed, and drop all but the last two checkpoints and the newest
+    whose step is `good`.
 
     That is: the parameters that require gradients and stored buffers, such as a router's correction bias (the others
     still are what they were loaded as), optimiser, schedule, random states of PyTorch, NumPy and Python, and `extra`
@@ -62,8 +66,11 @@ def save_state(
             publish(temporary, folder / f"step-{step:08d}-{file_digest(temporary)[:DIGITS]}.pt")
     finally:
         temporary.unlink(missing_ok=True)
-    for old in _checkpoints(folder)[KEPT:]:
-        old.unlink()
+    there = _checkpoints(folder)
+    spared = newest_checkpoint(folder, good)
+    for old in there[KEPT:]:
+        if old != spared:
+            old.unlink()
 
 
 def load_state(
@@ -83,9 +90,8 @@ def load_state(
     for leftover in folder.glob(f"step-*{_TEMPORARY}"):
         leftover.unlink()
     for path in _checkpoints(folder):
-        matched = _NAME.fullmatch(path.name)
-        assert matched
-        if file_digest(path)[:DIGITS] != matched[2]:
+        step, digest = _parts(path)
+        if file_digest(path)[:DIGITS] != digest:
             path.unlink()
             continue
         state = torch.load(path, weights_only=True)
@@ -98,8 +104,13 @@ def load_state(
         set_random_state(state["random"])
         if extra is not None:
             extra.update(state["extra"])
-        return int(matched[1])
+        return step
     return None
+
+
+def newest_checkpoint(folder: Path, good: Callable[[int], bool]) -> Path | None:
+    """The newest checkpoint in `folder` whose step is `good`."""
+    return next((path for path in _checkpoints(folder) if good(_parts(path)[0])), None)
 
 
 def require_owner(found: str, owner: str, folder: Path) -> None:
@@ -128,6 +139,18 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return parameters | {name: value for name, value in model.named_buffers() if name in stored}
 
 
+@contextmanager
+def nothing_trained(model: nn.Module) -> Iterator[None]:
+    """No gradient stays from the block; buffers and random states are afterwards what they were."""
+    state = random_state()
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    yield
+    set_random_state(state)
+    for name, value in model.named_buffers():
+        value.copy_(buffers[name])
+    model.zero_grad(set_to_none=True)
+
+
 def publish(temporary: Path, target: Path) -> None:
     """Move a finished file or folder to `target` in one atomic step that also survives a loss of power."""
     files = [path for path in temporary.rglob("*") if path.is_file()] if temporary.is_dir() else [temporary]
@@ -140,6 +163,13 @@ def publish(temporary: Path, target: Path) -> None:
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted((path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def _parts(path: Path) -> tuple[int, str]:
+    """A checkpoint's step, and the first digits of its digest."""
+    matched = _NAME.fullmatch(path.name)
+    assert matched
+    return int(matched[1]), matched[2]
 
 
 def random_state() -> dict[str, Any]:
