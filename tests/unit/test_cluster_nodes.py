@@ -118,6 +118,16 @@ def checkpoints(store: ArtifactStore) -> set[str]:
     return {path.parents[2].name for path in store.root.glob("work/branch/*/scratch/training/step-*.pt")}
 
 
+def begun(store: ArtifactStore) -> set[str]:
+    """Branches with a checkpoint, by the first digits of their fingerprints."""
+    return {name.partition(".")[0] for name in checkpoints(store)}
+
+
+def published(store: ArtifactStore) -> set[str]:
+    """Branches that are there, by the first digits of their fingerprints."""
+    return {path.name for path in store.root.glob("artifacts/branch/*")}
+
+
 def claims(store: ArtifactStore) -> dict[str, str]:
     """The node on which each attempt runs or ran."""
     found = {}
@@ -280,9 +290,7 @@ def test_a_killed_drivers_finished_branches_are_kept_and_the_unfinished_resumes(
     command = [sys.executable, "-c", DRIVER, machines.nodes.address, str(store.root), str(tmp_path / "steps")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as driver:
         try:
-            wait_for(
-                lambda: driver.poll() is not None or (list(store.root.glob("artifacts/*/*")) and checkpoints(store))
-            )
+            wait_for(lambda: driver.poll() is not None or (published(store) and begun(store) - published(store)))
         finally:
             os.kill(driver.pid, signal.SIGKILL)
     (first,) = [path for path, _ in store.records()]

@@ -40,7 +40,7 @@ def peak(models: Path, folder: Path, branches: int, dtype: str) -> tuple[int, in
     config = folder / "mix.yaml"
     config.write_text(yaml.safe_dump({"generalist": "none", "router": {"type": "random"}, "dtype": dtype}))
     out = folder / f"out{branches}"
-    roles = {"seed": "seed"} | {f"branches/{number}": f"branch{number}" for number in range(branches)}
+    roles = {"seed": "seed"} | {f"branches/branch{number}": f"branch{number}" for number in range(branches)}
     inputs = [part for role, name in roles.items() for part in ("--input", f"{role}={models / name}")]
     command = ["-m", "moestro_services.cli", "stage", "mix", "--config", str(config), "--out", str(out), *inputs]
     taken = measured([sys.executable, *command], env=os.environ, log=folder / "log.txt")

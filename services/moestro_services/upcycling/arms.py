@@ -193,16 +193,17 @@ class Arms:
         losses = self.lab.run("evaluate", config, what, model=model, tokens=self.tokens).record.result["held_out_loss"]
         return Outcome(losses, *_training(trained))
 
-    def ensembles(self, branches: Mapping[str, Artifact]) -> dict[int, Outcome]:
-        """Branch-Train-Merge: branches predict together, by the probability of each domain given the text so far."""
-        losses = posterior_ensembles(
-            {name: branch.path for name, branch in branches.items()},
-            {name: tokens.path for name, tokens in self.tokens.items()},
-            top_k=(1, 2),
-            sequence_length=self.scale.sequence_length,
-            max_tokens=self.scale.held_out_tokens,
-        )
-        return {top_k: Outcome(by_domain, *_training(tuple(branches.values()))) for top_k, by_domain in losses.items()}
+    def ensemble(self, branches: Mapping[str, Artifact], top_k: int) -> Outcome:
+        """Branch-Train-Merge: `top_k` branches predict together, by each domain's probability given the text so far."""
+        with self.lab.workshop.in_turn:
+            losses = posterior_ensembles(
+                {name: branch.path for name, branch in branches.items()},
+                {name: tokens.path for name, tokens in self.tokens.items()},
+                top_k=(top_k,),
+                sequence_length=self.scale.sequence_length,
+                max_tokens=self.scale.held_out_tokens,
+            )
+        return Outcome(losses[top_k], *_training(tuple(branches.values())))
 
 
 def _training(trained: Sequence[Artifact]) -> tuple[float, tuple[Work, ...]]:

@@ -26,6 +26,8 @@ class Workshop:
         self.store = ArtifactStore(root)
         self.cluster = cluster
         self.tell = tell
+        self.in_turn = threading.Lock()
+        """For what loads models in this process, which transformers cannot do in two threads at a time."""
         self._made: dict[tuple[str, ...], Future[Artifact]] = {}
         self._lock = threading.Lock()
         self.stop = threading.Event()
