@@ -116,7 +116,7 @@ class Cluster:
 
         if workers > 1:
             end_group(reference, self._board, key)
-        else:  # an actor is never ended by force: what it is at ends with it, when the cluster is left
+        else:  # an actor's call cannot be forced: it ends with the actor, and must not be begun again then
             ray.cancel(reference, force=not STAGES[step.stage].background)
 
     def _follow(self, reference: Any, key: str, reporter: Reporter, stopped: Callable[[], bool]) -> Artifact:
