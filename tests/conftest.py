@@ -1,7 +1,7 @@
 """Settings for all tests, and tiny models: config fields of dense ones, and Mixtures-of-Experts of every kind."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -77,3 +77,12 @@ def tiny_moe() -> Callable[..., Any]:
         return model
 
     return make
+
+
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """What the test sets in this process's environment no other test, and no process that one starts, shall see."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

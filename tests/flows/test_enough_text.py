@@ -12,7 +12,6 @@ from moestro.cluster import Cluster
 from moestro.config import LifecycleConfig, load_lifecycle
 from moestro.errors import ConfigError, InputError
 from moestro.execution import Step
-from moestro_flows import stages
 from moestro_flows.home import Home
 from moestro_flows.preflight import check_text
 from moestro_flows.session import Session
@@ -122,7 +121,11 @@ def test_the_first_branch_does_not_begin(
     assert "runs out of data" in run.steps[0].message
 
 
-def test_every_branch_waits_for_the_text_of_all_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_environment")
+def test_every_branch_waits_for_the_text_of_all_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESTRO_HOME", str(tmp_path))
+    from moestro_flows import stages  # sets the environment that Prefect reads when it is imported
+
     given: dict[str, dict[str, str] | None] = {}
 
     class Task:

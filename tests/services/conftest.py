@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -25,12 +24,8 @@ NO_TEMPLATE = {"error": {"message": "no chat template", "type": "BadRequestError
 
 
 @pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """Commands that are called here set this process's environment; no other test shall see it."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+def commands_keep_their_environment(own_environment: None) -> None:
+    """Commands that are called here set this process's environment."""
 
 
 class FixedUpstream:
