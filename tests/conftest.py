@@ -86,3 +86,15 @@ def own_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread in this process: tiny models are several times slower on threads that wait for one another, and sums
+    are then the same in every run."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

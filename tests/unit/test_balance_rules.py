@@ -1,6 +1,6 @@
 """Balance by rules on the correction bias: the sign update and the assignment's dual. T tokens, E experts, K chosen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -27,15 +27,9 @@ from moestro.training.routing_losses.bip import balancing_prices
 from moestro.training.routing_losses.loss_free import bias_step
 from moestro.tuning import tune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ORIGINS = [["code", "math", "seed", "code", "math", "seed"]] * 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def routers_of(model: PreTrainedModel) -> list[Any]:

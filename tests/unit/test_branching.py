@@ -1,6 +1,5 @@
 """A branch continues the seed on one domain; with `ffn` nothing but feed-forward networks changes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,8 @@ from moestro.data.tokenizer import train_bpe
 from moestro.errors import InputError
 from moestro.models.checkpoint import load_model, save_model, stored_dtype
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -27,14 +28,6 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 TRAINING = TrainingConfig(steps=6, batch_size=4, sequence_length=16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Artifact:

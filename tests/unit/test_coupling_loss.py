@@ -1,7 +1,7 @@
 """Coupling rows with experts while both train (ERC). N rows and experts, D hidden, F intermediate."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +29,12 @@ from moestro.training.routing_losses import Routing
 from moestro.training.routing_losses.erc import ExpertRouterCoupling
 from moestro.tuning import tune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ORIGINS = [["code", "math", "seed", "code", "math", "seed"]] * 2
 ROUTING = Routing(
     RoutingRecord(), MicroBatch(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1, 1), torch.zeros(1)), [], []
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawn(rows: int = 4, hidden: int = 16, width: int = 24) -> tuple[torch.Tensor, torch.Tensor]:

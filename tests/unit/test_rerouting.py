@@ -4,7 +4,7 @@ T tokens, E experts, K chosen per token.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,18 +32,12 @@ from moestro.training.routing_losses.schedule import linear
 from moestro.training.routing_losses.uncertain_tokens import UncertainTokenBroadcast, undecided
 from moestro_kernels.experts_mlp import register
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Models = Callable[..., PreTrainedModel]
 TOKENS_BS = torch.randint(0, 320, (3, 17), generator=torch.Generator().manual_seed(0))
 DOMAINS_B = torch.zeros(3, dtype=torch.long)
 MICRO = MicroBatch(TOKENS_BS, DOMAINS_B, torch.zeros(3, 16, 1), DOMAINS_B)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained_once(model: PreTrainedModel, loss: RoutingLoss) -> tuple[RoutingObjective, torch.Tensor]:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +19,8 @@ from moestro.models.checkpoint import load_model
 from moestro.seeding import pretrain, seed
 from moestro.seeding.pretrain import build_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = ModelConfig(
     vocab_size=300,
     hidden_size=32,
@@ -29,14 +30,6 @@ MODEL = ModelConfig(
     num_key_value_heads=1,
 )
 CONFIG = PretrainSeed(model=MODEL, training=TrainingConfig(steps=10, batch_size=4, sequence_length=16, log_every=5))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def corpora_in(folder: Path) -> dict[str, Artifact]:

@@ -3,7 +3,7 @@
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from moestro.training.divergence import WINDOW, DivergenceGuard
 from moestro.training.history import TrainingResult
 from moestro.training.loop import train
 from moestro.training.objective import next_token_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 S = 16
 SHAPE = {
@@ -36,14 +38,6 @@ CONFIG = TrainingConfig(
     checkpoint_every=3,
     optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=0, schedule="constant"),
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(seed: int = 0) -> PreTrainedModel:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ from moestro.errors import ConfigError, InputError, TrainingError
 from moestro.models.routers import is_router_weight
 from moestro.training.loop import train
 from moestro.training.routing_losses import Context, routing_objective
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE = {
     "vocab_size": 64,
@@ -131,14 +133,6 @@ def test_killed_runs_give_the_same_bytes(tmp_path: Path, kind: str, dtype: str) 
     assert run_until(start(disturbed, kind, dtype), None) == list(range(7, 13))
     for name in ("model.safetensors", "history.json"):
         assert file_digest(undisturbed / "out" / name) == file_digest(disturbed / "out" / name), name
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:

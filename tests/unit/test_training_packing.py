@@ -1,6 +1,6 @@
 """Documents that do not see each other: a packed sequence is worth what its documents are worth alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from moestro.training.held_out import HeldOutText
 from moestro.training.loop import train
 from moestro.training.objective import backward, document_positions, next_token_loss
 from moestro.training.routing_losses import Context, routing_objective
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE = {
     "vocab_size": 96,
@@ -39,14 +41,6 @@ EXPERTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num
 GLM = {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 LENGTHS = (5, 1, 11, 2, 14)
 """Of the documents in a window of 33 tokens."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(kind: str) -> PreTrainedModel:

@@ -1,7 +1,6 @@
 """Schedule, parameter groups, the blockwise cross entropy and the short attention, against plain formulas."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ from moestro.training.history import History
 from moestro.training.objective import backward, next_token_loss
 from moestro.training.optimizer import build_optimizer, parameter_groups, schedule_factor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -25,14 +26,6 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def dense(**changes: object) -> PreTrainedModel:

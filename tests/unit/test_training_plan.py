@@ -1,7 +1,6 @@
 """Budgets become steps: tokens, FLOPs against PyTorch's own counter, minutes; and what does not fit is refused."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from moestro.training.history import TrainingResult
 from moestro.training.loop import train
 from moestro.training.routing_losses import Context, routing_objective
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -39,14 +40,6 @@ SHAPE = {
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
 GLM = {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 S = 16
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(kind: str, **changes: Any) -> PreTrainedModel:
@@ -146,7 +139,7 @@ def test_minutes_are_timed_once_and_train_nothing(tmp_path: Path, monkeypatch: p
     config = TrainingConfig(minutes=0.5, batch_size=4, sequence_length=S)
     losses = [GlobalBatchLoss(), ZLoss()]
     objective = routing_objective(losses, context)
-    given: Any = {"job": job, "trainable": lambda _: True, "auxiliary": objective, "auxiliary_configs": losses}
+    given: Any = {"job": job, "trainable": lambda _: True, "auxiliary": objective}
     result = train(slow, mixture(), config, **given)
     assert (result.steps, timed.calls) == (5, 1)
     assert json.loads((job.scratch / "plan.json").read_text())["steps"] == 5

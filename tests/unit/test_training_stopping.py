@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from moestro.training.history import TrainingResult
 from moestro.training.loop import train
 from moestro.training.objective import next_token_loss
 from moestro.training.routing_losses import Context, routing_objective
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 S = 16
 SHAPE = {
@@ -42,14 +44,6 @@ CONFIG = TrainingConfig(
     early_stopping=STOPPING,
     optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=0, schedule="constant"),
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(seed: int = 0) -> PreTrainedModel:
@@ -217,7 +211,6 @@ def test_a_checkpoint_of_other_losses_or_frozen_experts_is_refused(tmp_path: Pat
             CONFIG.model_copy(update={"steps": 8, "early_stopping": None}),
             at=at,
             auxiliary=routing_objective(losses, Context(model, origins, ("noise",))),
-            auxiliary_configs=losses,
             frozen=FrozenExperts(model, origins, frozen) if frozen else None,
         )
 

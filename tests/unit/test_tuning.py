@@ -1,7 +1,7 @@
 """Tuning trains an MoE on all domains: its routers alone or all of it, kept in balance by the auxiliary loss."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ from moestro.models.checkpoint import load_model, save_model
 from moestro.models.files import read_origins
 from moestro.tuning import tune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -29,14 +31,6 @@ SHAPE = {
 ORIGINS = [["code", "math", "prose", "seed"]] * 2
 LOSSES = [{"type": "global_batch"}, {"type": "z_loss"}]
 TRAINING = TrainingConfig(steps=6, batch_size=4, accumulation=2, sequence_length=16, log_every=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def saved(model: PreTrainedModel, folder: Path, origins: list[list[str]] | None) -> Artifact:

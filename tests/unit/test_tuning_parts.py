@@ -1,7 +1,7 @@
 """Learning rates by group, frozen experts, and the losses that act on routing, through the `tune` stage."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,12 @@ from moestro.training.learning_rates import RateFactors, expert_factor
 from moestro.training.optimizer import build_optimizer
 from moestro.tuning import token_share, tune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Models = Callable[..., PreTrainedModel]
 ORIGINS = [["code", "math", "prose", "seed", "code", "math"], ["seed", "code", "math", "seed", "seed", "prose"]]
 FAST = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)
 TRAINING = TrainingConfig(steps=4, batch_size=8, accumulation=2, sequence_length=16, log_every=1, optimizer=FAST)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Artifact:

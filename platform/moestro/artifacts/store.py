@@ -1,8 +1,8 @@
 """The artifact store: a folder of published artifacts, each complete, checked and never changed.
 
-    ROOT/artifacts/<stage>/<fingerprint, 16 digits>/   published by one atomic rename; holds artifact.json
-    ROOT/work/<stage>/<fingerprint, 16 digits>.<n>/    being made by attempt n: out/ becomes the artifact, scratch/
-                                                       holds what an interrupted stage resumes from
+    artifacts/<stage>/<fingerprint, 16 digits>/   published by one atomic rename; holds artifact.json
+    work/<stage>/<fingerprint, 16 digits>.<n>/    being made by attempt n: out/ becomes the artifact, scratch/
+                                                  holds what an interrupted stage resumes from
 
 A stage whose fingerprint is published is not run again: the store is the cache.
 """

@@ -4,11 +4,14 @@ Shapes: B sequences of a micro-batch, N sequences of a step, S positions, S' = S
 [:, 1:]), D hidden.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from moestro.config import Config
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class MicroBatch:
 
 class Auxiliary(Protocol):
     """The loop calls `begin`, per micro-batch `loss`, after the optimiser's step `end` and then `metrics`."""
+
+    def identity(self) -> Sequence[Config]:
+        """What decides what it does: a training checkpoint of another is not taken up."""
 
     def attached(self) -> AbstractContextManager[None]:
         """What has to be in place on the model while it trains."""

@@ -4,7 +4,7 @@ Its state lies in `job.scratch`/training. The position in the data is the step a
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from moestro.artifacts import Job
-from moestro.config import Config, TrainingConfig
+from moestro.config import TrainingConfig
 from moestro.data.packed import Mixture, PackedTokens
 from moestro.errors import ConfigError
 from moestro.training import parallel
@@ -47,15 +47,14 @@ def train(
     trainable: Callable[[str], bool],
     auxiliary: Auxiliary | None = None,
     factors: RateFactors = ALIKE,
-    auxiliary_configs: Sequence[Config] = (),
     frozen: FrozenExperts | None = None,
     held_out: Mapping[str, PackedTokens] | None = None,
 ) -> TrainingResult:
     """Train the parameters of `model` whose names `trainable` accepts, in place, and write `job.out`/history.json.
 
-    `factors` multiply the learning rate by group of parameters; one whose factor is 0 does not train. What `auxiliary`
-    was made from are `auxiliary_configs`: a checkpoint of others is refused. `frozen` experts stay as they are. Where
-    `config` stops early, the loss on `held_out` decides, and the weights are those of its lowest measurement.
+    `factors` multiply the learning rate by group of parameters; one whose factor is 0 does not train. `frozen` experts
+    stay as they are. Where `config` stops early, the loss on `held_out` decides, and the weights are those of its
+    lowest measurement.
     Resumes from `job.scratch`; with the same number of threads the result is bit for bit that of an undisturbed run.
     Raises `ConfigError` for what does not fit together, `InputError` for another run's scratch or a batch that predicts
     nothing, `TrainingError` naming the last good checkpoint for what is not finite or diverges, or a broken end.
@@ -78,7 +77,7 @@ def train(
             mixture,
             config,
             factors=factors,
-            auxiliary_configs=auxiliary_configs,
+            auxiliary=auxiliary,
             frozen=frozen,
             scratch=job.scratch,
             time_batch=lambda step: passes.rehearse(step, step + 1),

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moestro.artifacts import canonical_json, fingerprint, sync
-from moestro.config import Config, TrainingConfig
+from moestro.config import TrainingConfig
 from moestro.data.packed import Mixture
 from moestro.errors import ConfigError
 from moestro.training import parallel
+from moestro.training.auxiliary import Auxiliary
 from moestro.training.flops import training_flops
 from moestro.training.frozen_experts import FrozenExperts
 from moestro.training.learning_rates import RateFactors
@@ -47,7 +48,7 @@ def make_plan(
     config: TrainingConfig,
     *,
     factors: RateFactors,
-    auxiliary_configs: Sequence[Config],
+    auxiliary: Auxiliary | None,
     frozen: FrozenExperts | None,
     scratch: Path,
     time_batch: Callable[[int], object],
@@ -65,7 +66,7 @@ def make_plan(
         "model": model_fingerprint(model),
         "data": canonical_json(mixture.identity()),
         "rates": canonical_json(asdict(factors)),
-        "auxiliary": canonical_json(list(auxiliary_configs)),
+        "auxiliary": canonical_json(list(auxiliary.identity()) if auxiliary else []),
         "frozen experts": canonical_json(frozen.identity() if frozen else []),
     }
     flops = training_flops(model, config.sequence_length)

@@ -31,6 +31,8 @@ from moestro.models.layouts import routed_experts
 from moestro_services.upcycling.lab import Lab
 
 Trainable = Literal["all", "ffn"]
+ENSEMBLES = (1, 2)
+"""How many branches predict together in Branch-Train-Merge: one pass over each tells both."""
 DENSE, FFN_ONLY = "dense", "dense, FFN only"
 """Kinds of work, beside those of mixtures."""
 
@@ -42,7 +44,7 @@ class Scale:
     lifecycle: LifecycleConfig
     """Whose domains, tokens and seed model are taken."""
     seed_steps: int = 1500
-    """Steps of a seed that is pre-trained here, whose loss then falls by less than 1% in their last fifth."""
+    """Steps of a seed that is pre-trained here; whether it has then converged is one of the bench's bounds."""
     branch_steps: int = 200
     tune_steps: int = 200
     batch_size: int = 16
@@ -195,15 +197,17 @@ class Arms:
 
     def ensemble(self, branches: Mapping[str, Artifact], top_k: int) -> Outcome:
         """Branch-Train-Merge: `top_k` branches predict together, by each domain's probability given the text so far."""
-        with self.lab.workshop.in_turn:
-            losses = posterior_ensembles(
-                {name: branch.path for name, branch in branches.items()},
-                {name: tokens.path for name, tokens in self.tokens.items()},
-                top_k=(top_k,),
-                sequence_length=self.scale.sequence_length,
-                max_tokens=self.scale.held_out_tokens,
-            )
-        return Outcome(losses[top_k], *_training(tuple(branches.values())))
+        workshop, key = self.lab.workshop, tuple(branch.fingerprint for branch in branches.values())
+        with workshop.in_turn:
+            if key not in workshop.ensembles:
+                workshop.ensembles[key] = posterior_ensembles(
+                    {name: branch.path for name, branch in branches.items()},
+                    {name: tokens.path for name, tokens in self.tokens.items()},
+                    top_k=ENSEMBLES,
+                    sequence_length=self.scale.sequence_length,
+                    max_tokens=self.scale.held_out_tokens,
+                )
+        return Outcome(workshop.ensembles[key][top_k], *_training(tuple(branches.values())))
 
 
 def _training(trained: Sequence[Artifact]) -> tuple[float, tuple[Work, ...]]:

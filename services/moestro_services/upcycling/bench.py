@@ -61,7 +61,7 @@ class Measured:
 
 
 def bench() -> dict[str, Any]:
-    """About two hours on two cores the first time."""
+    """The first run trains everything; a later one only measures again."""
     return report(measure(Scale(load_lifecycle(CONFIG)), SEEDS))
 
 
@@ -80,7 +80,7 @@ def clock(scale: Scale, outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Seconds of a step by kind of work, measured once per home."""
     tokens = on_all_seeds(scale, (0,), lambda arms: {name: partial(_folder, arms, name) for name in scale.domains})
     folders = {name: found[0] for name, found in tokens.items()}
-    return step_seconds(outcomes, folders, scale, Home.current().path / "bench" / f"steps-{scale.batch_size}.json")
+    return step_seconds(outcomes, folders, scale, Home.current().path / "bench")
 
 
 def _folder(arms: Arms, domain: str) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
+from moestro.artifacts import fingerprint
 from moestro.branching.training import is_feed_forward_weight
 from moestro.data.packed import Batch, Mixture, PackedTokens
 from moestro.models.checkpoint import load_model
@@ -31,15 +32,17 @@ _STORED = TypeAdapter(dict[str, float])
 def step_seconds(
     outcomes: Iterable[Outcome], tokens: Mapping[str, Path], scale: Scale, kept_in: Path
 ) -> dict[str, float]:
-    """Seconds of a step by kind of work, medians; from the file `kept_in`, where they are once measured.
+    """Seconds of a step by kind of work, medians; kept in the folder `kept_in` once they are measured.
 
     `tokens` are artifacts by domain.
     """
     kinds = {work.kind: work.model for outcome in outcomes for work in outcome.work}
-    known = _STORED.validate_json(kept_in.read_bytes()) if kept_in.is_file() else {}
+    measured = {"seed": scale.lifecycle.seed, "batch": scale.batch_size, "length": scale.sequence_length}
+    file = kept_in / f"steps-{fingerprint('steps', '1', measured, {})}.json"
+    known = _STORED.validate_json(file.read_bytes()) if file.is_file() else {}
     if not kinds.keys() <= known.keys():
         known = _measure(kinds, tokens, scale)
-        kept_in.write_text(json.dumps(known, indent=2) + "\n")
+        file.write_text(json.dumps(known, indent=2) + "\n")
     return known
 
 

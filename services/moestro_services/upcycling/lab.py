@@ -28,6 +28,8 @@ class Workshop:
         self.tell = tell
         self.in_turn = threading.Lock()
         """For what loads models in this process, which transformers cannot do in two threads at a time."""
+        self.ensembles: dict[tuple[str, ...], dict[int, dict[str, float]]] = {}
+        """Held-out losses of branches that predict together, by their fingerprints and how many do."""
         self._made: dict[tuple[str, ...], Future[Artifact]] = {}
         self._lock = threading.Lock()
         self.stop = threading.Event()

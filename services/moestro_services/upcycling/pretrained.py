@@ -22,7 +22,7 @@ BESIDE_SPECIALIST = 1.01
 
 
 def bench() -> dict[str, Any]:
-    """About an hour on two cores the first time."""
+    """The first run trains everything; a later one only measures again."""
     scale = Scale(
         load_lifecycle(CONFIG),
         branch_steps=24,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.artifacts import Artifact
-from moestro_services.upcycling.arms import Arms, Outcome, Trainable
+from moestro_services.upcycling.arms import ENSEMBLES, Arms, Outcome, Trainable
 from moestro_services.upcycling.soup import soup
 
 SEED, DENSE, DENSE_CLOCK, SPARSE = (
@@ -53,8 +53,7 @@ def rivals(arms: Arms) -> dict[str, Callable[[], Outcome]]:
         SEED: lambda: arms.outcome(SEED, arms.seed),
         DENSE: lambda: _dense(arms, DENSE, flops=budget(arms)),
         **{f"branch {name}": partial(_branch, arms, name) for name in arms.scale.domains},
-        "Branch-Train-Merge, top-1": lambda: arms.ensemble(arms.branches("all"), 1),
-        "Branch-Train-Merge, top-2": lambda: arms.ensemble(arms.branches("all"), 2),
+        **{f"Branch-Train-Merge, top-{top_k}": partial(_ensemble, arms, top_k) for top_k in ENSEMBLES},
         "weight soup": lambda: _soup(arms),
         SPARSE: lambda: _sparse(arms),
         UNTRAINED: lambda: _untrained(arms),
@@ -121,6 +120,10 @@ def dense_by_clock(arms: Arms, steps: Mapping[str, float]) -> Outcome:
 def _branch(arms: Arms, name: str) -> Outcome:
     branch = arms.branches("all")[name]
     return arms.outcome(f"branch {name}", branch, branch)
+
+
+def _ensemble(arms: Arms, top_k: int) -> Outcome:
+    return arms.ensemble(arms.branches("all"), top_k)
 
 
 def _soup(arms: Arms) -> Outcome:

@@ -75,4 +75,5 @@ def routing_objective(configs: Sequence[RoutingLossConfig], context: Context) ->
                 "tune.losses: the model's routers score by sigmoids, which have no softmax normaliser for a z_loss.",
                 hint="Leave it out.",
             )
-    return RoutingObjective(context.model, [LOSSES[type(config)](config, context) for config in configs])
+    losses = [LOSSES[type(config)](config, context) for config in configs]
+    return RoutingObjective(context.model, losses, configs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moestro.config import RoutingLossConfig
 from moestro.models.routing import RoutingRecord, own_choices, record_routes
 from moestro.training.auxiliary import MicroBatch
 from moestro.training.parallel import total as total_over_workers
@@ -26,11 +27,19 @@ from moestro.training.routing_losses.loss import Routing, RoutingLoss
 class RoutingObjective:
     """The sum of `losses` on the routing of `model`; an `Auxiliary`."""
 
-    def __init__(self, model: PreTrainedModel, losses: Sequence[RoutingLoss]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, losses: Sequence[RoutingLoss], configs: Sequence[RoutingLossConfig] = ()
+    ) -> None:
+        """`configs` are those that the losses were made from."""
         self.model = model
+        self.configs = tuple(configs)
         self.losses = list(losses)
         self.record = RoutingRecord()
         self.begin(0, 1)
+
+    def identity(self) -> tuple[RoutingLossConfig, ...]:
+        """The losses' configs."""
+        return self.configs
 
     @contextmanager
     def attached(self) -> Iterator[None]:
