@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from moestro.artifacts import Artifact
-from moestro.config import BranchConfig, LifecycleConfig, TrainingConfig
+from moestro.config import BranchConfig, FunctionReward, LifecycleConfig, RlConfig, TrainingConfig
 from moestro.data.tasks import Task
 from moestro.errors import ConfigError
 
@@ -13,14 +13,25 @@ if TYPE_CHECKING:
 
 
 def preflight(config: LifecycleConfig) -> None:
-    """Make the problems that late steps will ask for, before any work is done.
+    """Make the problems that late steps will ask for, and import the functions that will judge, before any work is done.
 
-    Raises `ConfigError` for a task or argument there is none of, `InputError` for a task with too few problems.
+    Raises `ConfigError` for a task, argument or function there is none of, `InputError` for a task with too few
+    problems.
     """
     if config.evaluate.task:
         Task.open(config.evaluate.task).problems(config.evaluate.problems, split="held_out", seed=0)
-    if config.rl:
+    if isinstance(config.rl, RlConfig):
         Task.open(config.rl.task).problems(config.rl.prompts_per_step, split="train", seed=0)
+        _import_rewards(config.rl)
+
+
+def _import_rewards(config: RlConfig) -> None:
+    functions = [reward for reward in config.rewards if isinstance(reward, FunctionReward)]
+    if functions:
+        from moestro.rl.rewards.functions import load
+
+        for reward in functions:
+            load(reward)
 
 
 def check_text(config: LifecycleConfig, tokens: Mapping[str, Artifact], steps: frozenset[str]) -> None:

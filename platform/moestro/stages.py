@@ -92,7 +92,14 @@ STAGES: dict[str, Stage] = {
         per_domain=("tokens",),
         on_cluster=True,
     ),
-    "rl": Stage(version="1", config=config.RlConfig, function="moestro.rl:rl", inputs=("model",), needs_engine=True),
+    "rl": Stage(
+        version="2",
+        config=config.AnyRl,
+        function="moestro.rl:rl",
+        inputs=("model",),
+        sources="moestro.data.rewards:identify",
+        needs_engine=True,
+    ),
     "compress": Stage(
         version="1",
         config=config.CompressConfig,

@@ -1,24 +1,60 @@
 """Recording tells what was routed; replaying a router's own choices changes nothing, others exactly what R3 says."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
 from moestro.errors import InputError
 from moestro.models.routers import experts, is_router_weight, routers
 from moestro.models.routing import own_choices, record_routes, replay_routes
 
 B, S, L, K, E = 3, 11, 2, 2, 6
+DEEPSEEK = "deepseek_v3"
+"""Not among the kinds of all tests: mixing does not make it."""
+
+
+def deepseek(dtype: torch.dtype) -> Any:
+    """A tiny DeepSeek-V3 with one dense layer before the L sparse ones, groups and a correction bias."""
+    config = DeepseekV3Config(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=L + 1,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=E,
+        n_shared_experts=1,
+        num_experts_per_tok=K,
+        n_group=3,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.5,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for router in routers(model):
+        router.e_score_correction_bias.normal_(std=0.2)
+    return model
 
 
 @pytest.fixture
 def build(tiny_moe: Callable[..., Any]) -> Callable[..., Any]:
     def make(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-        model = tiny_moe(kind, dtype=dtype)
+        model = deepseek(dtype) if kind == DEEPSEEK else tiny_moe(kind, dtype=dtype)
         model.set_experts_implementation("eager")
         with torch.no_grad():
             for router in routers(model):
@@ -77,7 +113,7 @@ def test_replay_under_autocast_changes_no_bit(build: Callable[..., Any], moe_kin
 
 def given_gates(kind: str, model: Any, logits_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
     """What a router of that kind gives for chosen experts."""
-    if kind.startswith("glm4_moe"):
+    if kind.startswith(("glm4_moe", DEEPSEEK)):
         scores_TK = logits_TE.sigmoid().gather(-1, ids_TK)
         return model.config.routed_scaling_factor * scores_TK / scores_TK.sum(-1, keepdim=True)
     if kind == "olmoe":
@@ -216,3 +252,17 @@ def test_models_without_known_routers_are_refused(dense_fields: dict[str, Any]) 
     dense = AutoModelForCausalLM.from_config(LlamaConfig(**dense_fields))
     with pytest.raises(InputError, match="no routers"), record_routes(dense):
         pass
+
+
+@pytest.mark.parametrize(
+    "holds",
+    [
+        partial(test_replaying_own_choices_changes_no_bit, dtype=torch.float32, checkpointing=True),
+        partial(test_replaying_own_choices_changes_no_bit, dtype=torch.bfloat16, checkpointing=False),
+        test_replay_under_autocast_changes_no_bit,
+        test_given_experts_are_chosen_with_gates_from_live_logits,
+        test_own_choices_are_known_while_others_are_replayed,
+    ],
+)
+def test_deepseek_v3_is_replayed_as_the_others_are(build: Callable[..., Any], holds: Callable[..., None]) -> None:
+    holds(build, moe_kind=DEEPSEEK)

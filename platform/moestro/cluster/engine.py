@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moestro.cluster.causes import cause_of
-from moestro.errors import ResourceError, StoppedError
+from moestro.errors import LostWorkerError, StoppedError
 from moestro.inference.engine import EngineConfig
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 class RemoteEngine:
     """An `inference.engine.Engine` whose work is done in a Ray actor."""
+
+    concurrent = True
 
     def __init__(self, cluster: "Cluster", host: Any) -> None:
         self._cluster = cluster
@@ -31,7 +33,7 @@ class RemoteEngine:
                 raise cause_of(error) from None
             except ray.exceptions.RayActorError as error:
                 # Ray's first lines say which actor, the last one why.
-                raise ResourceError(
+                raise LostWorkerError(
                     f"The rollout engine died: {str(error).strip().splitlines()[-1]}",
                     hint="Run the same command again: it resumes from the last update.",
                 ) from error

@@ -8,13 +8,13 @@ from moestro.config.base import EXECUTION, Config
 from moestro.config.branches import BranchesConfig
 from moestro.config.data import DataConfig, TokensConfig
 from moestro.config.mixing import MixConfig
+from moestro.config.rl import AnyRl
 from moestro.config.stages import (
     AnyBranch,
     CompressConfig,
     DeployConfig,
     EvaluateConfig,
     ProfileConfig,
-    RlConfig,
     SeedConfig,
 )
 from moestro.config.tuning import TuneConfig, check_tuning
@@ -54,7 +54,7 @@ class LifecycleConfig(Config):
     """Branches become one MoE."""
     tune: TuneConfig | None = None
     """Fine-tuning of the MoE."""
-    rl: RlConfig | None = None
+    rl: AnyRl | None = None
     """Reinforcement learning."""
     compress: CompressConfig | None = None
     """Expert pruning."""

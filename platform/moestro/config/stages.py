@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from moestro.config.base import EXECUTION, Config
 from moestro.config.data import DomainName, TaskConfig
-from moestro.config.training import OptimizerConfig, TrainingConfig
+from moestro.config.training import TrainingConfig
 
 
 class ModelConfig(Config):
@@ -112,51 +112,6 @@ class ImportBranch(Config):
 
 
 AnyBranch = Annotated[BranchConfig | ImportBranch, Field(discriminator="type")]
-
-
-class RlConfig(Config):
-    """GRPO on a verifiable task with rollouts from vLLM and rollout routing replay (R3, arXiv 2510.11370)."""
-
-    task: TaskConfig
-    """The task whose answers are verified."""
-    reward: Literal["verified", "graded"] = "verified"
-    """`verified`: 1 for a right answer, 0 for any other; `graded`: the task's own partial credit, which a policy may
-    learn to collect with answers that are never right."""
-    steps: int = Field(8, ge=1)
-    """Policy updates."""
-    prompts_per_step: int = Field(32, ge=1)
-    """Distinct problems per update."""
-    num_generations: int = Field(8, ge=2)
-    """Completions per problem; their rewards are compared with one another."""
-    max_tokens: int = Field(16, ge=1)
-    """Longest completion."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature of the rollouts."""
-    routing: Literal["off", "r3"] = "r3"
-    """`r3` replays the rollout engine's expert choices in the trainer."""
-    clip: float = Field(0.2, gt=0)
-    """PPO clipping range of the importance ratio."""
-    mini_steps: int = Field(1, ge=1)
-    """Optimiser steps per batch of rollouts."""
-    micro_batch_size: int = Field(64, ge=1)
-    """Sequences per forward pass of the trainer."""
-    rollout_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type the rollout engine computes in."""
-    refresh_tolerance: float = Field(1e-3, gt=0)
-    """Largest difference of log-probabilities between engine and trainer that a weight refresh may leave (float32)."""
-    optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, schedule="constant"
-    )
-    """The optimiser."""
-    seed: int = 0
-    """Seeds problems and sampling."""
-
-    @model_validator(mode="after")
-    def _mini_steps_have_sequences(self) -> "RlConfig":
-        sequences = self.prompts_per_step * self.num_generations
-        if self.mini_steps > sequences:
-            raise ValueError(f"mini_steps: {self.mini_steps} is more than a step's {sequences} sequences")
-        return self
 
 
 class CompressConfig(Config):

@@ -65,6 +65,9 @@ class Sampling:
 class Engine(Protocol):
     """Generates, scores, takes new weights."""
 
+    concurrent: bool
+    """Whether it computes outside this process, so that another thread may ask it while this one computes."""
+
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """`sampling.n` completions of every prompt."""
 
@@ -99,6 +102,8 @@ EngineFactory = Callable[[Path, EngineConfig], Engine]
 
 class VllmEngine:
     """vLLM in this process, no children."""
+
+    concurrent = False
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
         """Load the checkpoint in `folder`. Raises `InputError` if routes are asked for that vLLM does not return."""

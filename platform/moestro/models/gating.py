@@ -5,9 +5,9 @@ With x the logits of a token and I the experts it chooses:
     Qwen2, Qwen3, FlexOlmo,
     OLMoE                       the same, and divided by sum p_I only where the config says norm_topk_prob
     Granite                     I = top-K of x,  gate = softmax(x_I)
-    GLM-4                       s = sigmoid(x),  I = top-K of s + b within the best groups (b: correction bias),
+    GLM-4, DeepSeek-V3          s = sigmoid(x),  I = top-K of s + b within the best groups (b: correction bias),
                                 gate = scaling * s_I / sum s_I, divided only where the config says norm_topk_prob
-(GLM-4's is that of DeepSeek-V3, arXiv 2412.19437, section 2.1.2: the bias decides the choice, never the gate.)
+(arXiv 2412.19437, section 2.1.2: the bias decides the choice, never the gate.)
 
 T tokens, E experts, K chosen per token, G groups.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoTopKRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRouter
@@ -94,14 +95,14 @@ def _granite_gates(_router: Any, routed: Routed, ids_TK: Tensor) -> Tensor:
     return torch.softmax(routed.logits.gather(-1, ids_TK), dim=-1).type_as(routed.weights)
 
 
-def _glm_gates(router: Any, routed: Routed, ids_TK: Tensor) -> Tensor:
+def _deepseek_gates(router: Any, routed: Routed, ids_TK: Tensor) -> Tensor:
     scores_TK = routed.logits.sigmoid().gather(-1, ids_TK)
     if router.norm_topk_prob:
         scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + SMALLEST_SUM)
     return scores_TK * router.routed_scaling_factor
 
 
-def _glm_choose(router: Any, logits_TE: Tensor) -> Tensor:
+def _deepseek_choose(router: Any, logits_TE: Tensor) -> Tensor:
     biased_TE = logits_TE.sigmoid() + router.e_score_correction_bias
     grouped_TGE = biased_TE.unflatten(-1, (router.num_group, -1))
     score_TG = grouped_TGE.topk(GROUP_SCORE_EXPERTS, dim=-1).values.sum(dim=-1)
@@ -119,6 +120,7 @@ def _normalised_sigmoid(logits_TE: Tensor) -> Tensor:
 
 MIXTRAL = Gating(gates=_mixtral_gates, choose=_largest_logits, probabilities=_softmax)
 QWEN = Gating(gates=_qwen_gates, choose=_largest_logits, probabilities=_softmax)
+DEEPSEEK = Gating(gates=_deepseek_gates, choose=_deepseek_choose, probabilities=_normalised_sigmoid, sigmoid=True)
 
 GATINGS: dict[type[nn.Module], Gating] = {
     MixtralTopKRouter: MIXTRAL,
@@ -127,6 +129,7 @@ GATINGS: dict[type[nn.Module], Gating] = {
     FlexOlmoTopKRouter: QWEN,
     OlmoeTopKRouter: QWEN,
     GraniteMoeTopKRouter: Gating(gates=_granite_gates, choose=_largest_logits, probabilities=_softmax, ids_first=True),
-    Glm4MoeTopkRouter: Gating(gates=_glm_gates, choose=_glm_choose, probabilities=_normalised_sigmoid, sigmoid=True),
+    Glm4MoeTopkRouter: DEEPSEEK,
+    DeepseekV3TopkRouter: DEEPSEEK,
 }
 """By class of router."""

@@ -15,12 +15,14 @@ class Timing:
 
     tokens: int = 0
     seconds: float = 0.0
+    last: float = 0.0
+    """Tokens per second of what was added last."""
 
-    def add(self, tokens: int, seconds: float) -> float:
-        """Add one update's share; returns its tokens per second."""
+    def add(self, tokens: int, seconds: float) -> None:
+        """Add one update's share."""
         self.tokens += tokens
         self.seconds += seconds
-        return tokens / max(seconds, 1e-9)
+        self.last = tokens / max(seconds, 1e-9)
 
     @property
     def tokens_per_second(self) -> float:
@@ -33,6 +35,8 @@ class History:
     """What has happened so far."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
+    routing: dict[str, Any] = field(default_factory=dict)
+    """Mode of replay, the reason for it, and the preflight's figures; empty before the first update."""
     rollout: Timing = field(default_factory=Timing)
     update: Timing = field(default_factory=Timing)
 
@@ -41,17 +45,22 @@ class History:
         """The history that `state` gave; empty for an empty dict."""
         if not state:
             return cls()
-        return cls(state["steps"], Timing(**state["rollout"]), Timing(**state["update"]))
+        return cls(state["steps"], state["routing"], Timing(**state["rollout"]), Timing(**state["update"]))
 
     def state(self) -> dict[str, Any]:
         """All of it as JSON values, to be kept with the training state."""
-        return {"steps": self.steps, "rollout": vars(self.rollout), "update": vars(self.update)}
+        return {
+            "steps": self.steps,
+            "routing": self.routing,
+            "rollout": vars(self.rollout),
+            "update": vars(self.update),
+        }
 
     def publish(self, out: Path) -> None:
         """Write history.json without timings."""
-        (out / NAME).write_text(json.dumps({"steps": self.steps}, indent=1) + "\n")
+        (out / NAME).write_text(json.dumps({"routing": self.routing, "steps": self.steps}, indent=1) + "\n")
 
-    def result(self) -> Mapping[str, float]:
+    def result(self) -> Mapping[str, Any]:
         """Key figures."""
         rewards = [row["reward"] for row in self.steps]
         first, last = rewards[:2], rewards[-2:]
@@ -59,6 +68,7 @@ class History:
             "reward_first": sum(first) / len(first),
             "reward_last": sum(last) / len(last),
             "steps": len(self.steps),
+            "routing": self.routing["mode"],
             "max_refresh_difference": max(row["sync/max_abs_dlogp"] for row in self.steps),
             "k3": max(row["r3/k3_kl"] for row in self.steps),
             "rollout_tokens_per_second": self.rollout.tokens_per_second,

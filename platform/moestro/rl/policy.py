@@ -3,16 +3,17 @@
 Shapes: B sequences, S positions, T = B S tokens, V vocabulary, E experts, L layers, K chosen experts.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moestro.models.routers import experts
+from moestro.models.routers import experts, routers
 from moestro.models.routing import RoutingRecord, own_choices, record_routes, replay_routes
 from moestro.rl.rollouts import Rollouts
 
@@ -58,8 +59,8 @@ class Inspection:
     tokens: int = 0
     routings: int = 0
     """(token, layer) pairs."""
-    own_differs: int = 0
-    """Pairs in which the trainer's router alone would have chosen another set than the engine's."""
+    own_differs: Counter[int] = field(default_factory=Counter)
+    """By layer, tokens for which the trainer's router alone would have chosen another set than the engine's."""
     used_differs: int = 0
     """Pairs in which the experts received another set than the engine's: 0 under replay."""
 
@@ -71,7 +72,12 @@ class Inspection:
     @property
     def router_mismatch(self) -> float:
         """Share of (token, layer) pairs whose own choice differs."""
-        return self.own_differs / max(1, self.routings)
+        return self.own_differs.total() / max(1, self.routings)
+
+    def layer_mismatches(self) -> list[float]:
+        """By sparse layer, the share of tokens whose own choice differs."""
+        count = len(self.own_differs)
+        return [self.own_differs[layer] * count / max(1, self.routings) for layer in range(count)]
 
     @property
     def used_mismatch(self) -> float:
@@ -82,12 +88,13 @@ class Inspection:
 @torch.no_grad()
 def inspect(
     model: PreTrainedModel, rollouts: Rollouts, inspection: Inspection, *, temperature: float, replay: bool
-) -> Tensor:
-    """The log-probabilities of `policy_logprobs`, detached; adds to `inspection`."""
+) -> tuple[Tensor, Tensor | None]:
+    """The log-probabilities of `policy_logprobs`, detached, and the experts that were used, [B, S, L, K], None in a
+    dense model; adds to `inspection`."""
     with ExitStack() as stack:
         stack.enter_context(routed(model, rollouts, replay=replay))
-        record = stack.enter_context(record_routes(model)) if rollouts.routes_BSLK is not None else RoutingRecord()
-        received = stack.enter_context(_received_ids(model))
+        record = stack.enter_context(record_routes(model)) if routers(model) else RoutingRecord()
+        received = stack.enter_context(received_ids(model))
         logits_BSV, first = completion_logits(model, rollouts, temperature=temperature)
     mask_BS = rollouts.mask_BS[:, first:]
     entropy_BS = torch.distributions.Categorical(logits=logits_BSV, validate_args=False).entropy()
@@ -96,7 +103,8 @@ def inspect(
     if rollouts.routes_BSLK is not None:
         _compare(rollouts, own_choices(model, record), received, inspection)
     logprobs_BS = nn.functional.pad(logprobs_of(logits_BSV, rollouts.targets_BS[:, first:]), (first, 0))
-    return torch.where(rollouts.mask_BS, logprobs_BS, 0.0)
+    used = torch.stack(received, dim=1).unflatten(0, rollouts.inputs_BS.shape) if received else None
+    return torch.where(rollouts.mask_BS, logprobs_BS, 0.0), used
 
 
 def _compare(rollouts: Rollouts, own: list[Tensor], received: list[Tensor], inspection: Inspection) -> None:
@@ -104,17 +112,18 @@ def _compare(rollouts: Rollouts, own: list[Tensor], received: list[Tensor], insp
     real_T = rollouts.real_BS.flatten()
     engine_TLK = rollouts.routes_BSLK.flatten(0, 1)[real_T].sort(dim=-1).values
 
-    def differing(ids: list[Tensor]) -> int:
+    def differing(ids: list[Tensor]) -> list[int]:
         ids_TLK = torch.stack(ids, dim=1)[real_T].sort(dim=-1).values
-        return int((ids_TLK != engine_TLK).any(dim=-1).sum())
+        by_layer: list[int] = (ids_TLK != engine_TLK).any(dim=-1).sum(dim=0).tolist()
+        return by_layer
 
     inspection.routings += engine_TLK.shape[0] * engine_TLK.shape[1]
-    inspection.own_differs += differing(own)
-    inspection.used_differs += differing(received)
+    inspection.own_differs.update(dict(enumerate(differing(own))))
+    inspection.used_differs += sum(differing(received))
 
 
 @contextmanager
-def _received_ids(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+def received_ids(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """The ids [T, K] that reach each layer's experts, in layer order: what really happened, whatever routers say."""
     received: list[Tensor] = []
 

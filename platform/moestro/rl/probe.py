@@ -1,10 +1,13 @@
-"""Do engine and trainer hold the same weights, and are rows of routing where they belong?
+"""Do engine and trainer hold the same weights?
 
-A weight refresh can go wrong silently (vLLM 0.30 on a CPU leaves experts packed for other weights: 3 to 4 nats off),
-and routing off by one row looks like any other routing. Both show in the log-probabilities of a few sequences.
+A weight refresh can go wrong silently (vLLM 0.30 on a CPU leaves experts packed for other weights: 3 to 4 nats off).
+It shows in the log-probabilities of a few sequences, which both compute with the very same weights: what differs here
+is mismatch, never staleness.
 
 Shapes: S tokens of a sequence, L layers, K chosen experts.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,11 +17,26 @@ from moestro.config import RlConfig
 from moestro.errors import TrainingError
 from moestro.inference.engine import Engine, Scored
 from moestro.models.routing import replay_routes
+from moestro.rl.divergence import k3_divergence
 from moestro.rl.policy import logprobs_of
 
 SEQUENCES = 8
 BFLOAT16_TOLERANCE = 0.5
 """In bfloat16 honest differences reach 0.3 nats (one token in thousands); unpacked experts are off by 3 and more."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Engine against trainer on some sequences."""
+
+    largest_difference: float
+    """Of a token's log-probability, nats."""
+    k3: float
+    """Nats per token."""
+
+    def figures(self) -> dict[str, float]:
+        """By metric name."""
+        return {"sync/max_abs_dlogp": self.largest_difference, "sync/k3_kl": self.k3}
 
 
 def tolerance(config: RlConfig) -> float:
@@ -46,21 +64,22 @@ def trainer_logprobs(model: PreTrainedModel, sequence: list[int], routes_SLK: np
     return logprobs
 
 
-def largest_difference(model: PreTrainedModel, sequences: list[list[int]], scored: list[Scored]) -> float:
-    """Largest difference between the trainer's and the engine's log-probabilities, in nats."""
-    return max(
-        float(np.abs(trainer_logprobs(model, sequence, score.routes) - score.logprobs).max())
-        for sequence, score in zip(sequences, scored, strict=True)
+def agreement(model: PreTrainedModel, sequences: list[list[int]], scored: list[Scored]) -> Agreement:
+    """How far the trainer is from what the engine has `scored`."""
+    ours = [trainer_logprobs(model, sequence, score.routes) for sequence, score in zip(sequences, scored, strict=True)]
+    train, engine = np.concatenate(ours), np.concatenate([score.logprobs for score in scored])
+    return Agreement(
+        float(np.abs(train - engine).max()), k3_divergence(torch.from_numpy(train), torch.from_numpy(engine))
     )
 
 
 def verify_refresh(
     engine: Engine, model: PreTrainedModel, sequences: list[list[int]], config: RlConfig, *, step: int
-) -> float:
-    """The largest difference on `sequences`; raises `TrainingError` with it if it is above the tolerance."""
-    difference = largest_difference(model, sequences, engine.score(sequences))
-    require_agreement(difference, config, step=step, what="after the weight refresh")
-    return difference
+) -> Agreement:
+    """Engine against trainer on `sequences`; raises `TrainingError` with the figures if above the tolerance."""
+    found = agreement(model, sequences, engine.score(sequences))
+    require_agreement(found.largest_difference, config, step=step, what="after the weight refresh")
+    return found
 
 
 def require_agreement(difference: float, config: RlConfig, *, step: int, what: str) -> None:

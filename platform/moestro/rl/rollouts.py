@@ -34,7 +34,13 @@ class Rollouts:
     advantages_B: Tensor
     """float32."""
     routes_BSLK: Tensor | None
-    """Expert ids, int64; padding has ids 0 to K-1. None where the engine returns none."""
+    """Expert ids, int64; padding has ids 0 to K-1. None where there are none, the engine's or the trainer's own."""
+    old_logprobs_BS: Tensor | None = None
+    """float32 log-probabilities of the targets in the trainer before the batch, 0 outside the mask."""
+    importance_BS: Tensor | None = None
+    """float32 weights of the tokens' surrogates; None: all 1."""
+    reference_logprobs_BS: Tensor | None = None
+    """float32 log-probabilities of the targets in the model that the stage began with; None without a KL penalty."""
 
     def __len__(self) -> int:
         """Sequences."""

@@ -1,15 +1,14 @@
 """The rl stage: rollouts, rewards, update, weight refresh, check; and again.
 
-The training state is kept after every update. What an update does follows from the weights before it and its number
-alone, so a run that was killed and resumed gives the bytes of one that was not.
-
-Shapes: N prompts, G completions per prompt, B = N G sequences, S positions.
+Training state and rollouts are kept after every update. What an update does follows from the weights before it and its
+number alone, so a run that was killed and resumed gives the bytes of one that was not.
 """
 
+import copy
 import shutil
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,43 @@ import torch
 from transformers import PreTrainedModel
 
 from moestro.artifacts import Artifact, Job, fingerprint
-from moestro.config import RlConfig
-from moestro.data.tasks import Problem, Task
+from moestro.config import AnyRl, DpoConfig, RlConfig
+from moestro.data.tasks import Task
 from moestro.data.tokenizer import load_tokenizer
 from moestro.errors import ConfigError
-from moestro.inference.engine import Completion, Engine, EngineConfig, EngineFactory, Sampling
+from moestro.inference.engine import EngineConfig, EngineFactory
 from moestro.inference.routes import require_routing, returned_routing
 from moestro.models.checkpoint import is_moe, load_model, save_model
 from moestro.models.files import read_origins
-from moestro.rl.curriculum import Curriculum, build_curriculum, derived_seed
-from moestro.rl.grpo import group_advantages
+from moestro.rl.ahead import Ahead
+from moestro.rl.curriculum import build_curriculum
+from moestro.rl.engine import TenaciousEngine
 from moestro.rl.history import History
+from moestro.rl.preferences import dpo
+from moestro.rl.preflight import preflight, require_alignment
 from moestro.rl.probe import pick, require_agreement, verify_refresh
-from moestro.rl.rollouts import Rollouts, collate
-from moestro.rl.update import Learner, old_logprobs, update
+from moestro.rl.rewards import Judge
+from moestro.rl.rollouts import Rollouts
+from moestro.rl.routing import Mode, choose
+from moestro.rl.sampling import Sampler, as_batch, figures
+from moestro.rl.update import Learner, prepare, update
 from moestro.training.optimizer import build_optimizer
 from moestro.training.runtime import deterministic
 from moestro.training.state import load_state, model_fingerprint, save_state
 
-STATE, POLICY = "state", "policy"
-"""Folders in scratch: the training state, and the present weights as a checkpoint for the engine."""
+STATE, POLICY, ROLLOUTS = "state", "policy", "rollouts"
+"""Folders in scratch: the training state, the present weights as a checkpoint for the engine, records of rollouts."""
 
 
 @dataclass(frozen=True)
 class _Run:
     config: RlConfig
     job: Job
-    task: Task
-    tokenizer: Any
-    curriculum: Curriculum
     learner: Learner
+    sampler: Sampler
     source: Path
     moe: bool
-    routes: bool
+    returned: bool
     """Whether the engine says which experts it chose."""
     owner: str
     """Whose the training state is."""
@@ -57,19 +60,23 @@ class _Run:
     @property
     def max_model_len(self) -> int:
         """Room for the longest rollout and the one token more that scoring it takes, as far as positions reach."""
-        return _longest(self.config, self.curriculum, self.learner.model)
+        return _longest(self.config, self.sampler.curriculum.longest_prompt, self.learner.model)
 
 
-def rl(config: RlConfig, *, model: Artifact, engine: EngineFactory, job: Job) -> dict[str, Any]:
-    """Train `model` on a verifiable task with GRPO; see the package for how, the config for with what.
+def rl(config: AnyRl, *, model: Artifact, engine: EngineFactory, job: Job) -> dict[str, Any]:
+    """Train `model` on a verifiable task, or on pairs of answers; see the package for how, the config for with what.
 
-    Raises `ConfigError` for replay on a dense model, `InputError` if prompts do not fit the model or vLLM returns no
-    routing to replay, `TrainingError` if figures are not finite or a weight refresh does not hold.
+    Raises `ConfigError` for replay on a dense model or a reward that is not there, `InputError` if prompts or answers
+    do not fit the model, vLLM returns no routing to replay, or a reward fails, `TrainingError` if figures are not
+    finite, routing is not where it belongs, or a weight refresh does not hold.
     """
+    if isinstance(config, DpoConfig):
+        return dpo(config, model=model, job=job)
     moe = is_moe(model.path)
-    if config.routing == "r3" and not moe:
+    if config.routing in ("r2", "r3") and not moe:
         raise ConfigError(
-            "rl.routing is r3, but the model is dense: there is no routing to replay.", hint="Set rl.routing to off."
+            f"rl.routing is {config.routing}, but the model is dense: there is no routing to replay.",
+            hint="Set rl.routing to off.",
         )
     origins = read_origins(model.path) if moe else None
     policy = load_model(model.path, dtype=torch.float32, tokenizer=True)
@@ -79,42 +86,55 @@ def rl(config: RlConfig, *, model: Artifact, engine: EngineFactory, job: Job) ->
     done = load_state(
         state, model=policy, optimizer=learner.optimizer, schedule=learner.schedule, owner=run.owner, extra=saved
     )
-    done = done or 0
     history = History.restore(saved)
-    if done < config.steps:
-        folder = _write_policy(run)
-        with closing(engine(folder, _engine_config(run))) as rollout_engine:
-            for step in range(done, config.steps):
-                _step(run, rollout_engine, history, step)
+    restarts = _train(run, engine, history, done or 0)
     save_model(policy, job.out, tokenizer_from=model.path, origins=origins)
     history.publish(job.out)
-    return dict(history.result())
+    shutil.copytree(job.scratch / ROLLOUTS, job.out / ROLLOUTS)
+    return dict(history.result()) | {"engine_restarts": restarts}
 
 
 def _prepare(config: RlConfig, policy: PreTrainedModel, source: Path, moe: bool, job: Job) -> _Run:
     tokenizer = load_tokenizer(source)
     task = Task.open(config.task)
-    positions = int(policy.config.max_position_embeddings)
-    curriculum = build_curriculum(config, task, tokenizer, max_positions=positions)
-    longest = _longest(config, curriculum, policy)
+    judge = Judge(config.rewards, task)
+    curriculum = build_curriculum(
+        config,
+        task,
+        tokenizer,
+        max_positions=int(policy.config.max_position_embeddings),
+        vocab_size=int(policy.config.vocab_size),
+    )
+    longest = _longest(config, curriculum.longest_prompt, policy)
     if config.routing == "r3":
-        require_routing(source, longest, hint="Set rl.routing to off, or lower rl.max_tokens.")
+        require_routing(source, longest, hint="Set rl.routing to r2 or off, or lower rl.max_tokens.")
     optimizer, schedule = build_optimizer(policy, config.optimizer, config.steps * config.mini_steps)
-    learner = Learner(policy, optimizer, schedule, config)
-    routes = returned_routing(source, longest) is not None
-    owner = fingerprint("rl state", "1", config, {"model": model_fingerprint(policy)})
-    return _Run(config, job, task, tokenizer, curriculum, learner, source, moe, routes, owner)
+    reference = copy.deepcopy(policy).requires_grad_(requires_grad=False) if config.kl else None
+    if config.activation_checkpointing:
+        policy.gradient_checkpointing_enable()
+    mode: Mode = "off" if config.routing == "auto" else config.routing
+    identity = model_fingerprint(policy)
+    return _Run(
+        config,
+        job,
+        Learner(policy, optimizer, schedule, config, mode, reference),
+        Sampler(config, curriculum, judge, tokenizer, job.scratch / ROLLOUTS, identity),
+        source,
+        moe,
+        returned_routing(source, longest) is not None,
+        fingerprint("rl state", "2", config.identity(), {"model": identity}),
+    )
 
 
-def _longest(config: RlConfig, curriculum: Curriculum, model: PreTrainedModel) -> int:
-    return min(curriculum.longest_prompt + config.max_tokens + 1, int(model.config.max_position_embeddings))
+def _longest(config: RlConfig, longest_prompt: int, model: PreTrainedModel) -> int:
+    return min(longest_prompt + config.max_tokens + 1, int(model.config.max_position_embeddings))
 
 
 def _engine_config(run: _Run) -> EngineConfig:
     return EngineConfig(
         dtype=run.config.rollout_dtype,
         max_model_len=run.max_model_len,
-        routes=run.routes,
+        routes=run.returned,
         threads=run.job.resources.cpus,
     )
 
@@ -127,71 +147,99 @@ def _write_policy(run: _Run) -> Path:
     return folder
 
 
-def _step(run: _Run, engine: Engine, history: History, step: int) -> None:
-    """Update number `step` (from 0), through to the refreshed and checked engine and the saved state."""
-    config, learner, number = run.config, run.learner, step + 1
-    started = time.monotonic()
-    rollouts, figures = _rollouts(run, engine, step)
-    speed = history.rollout.add(rollouts.tokens, time.monotonic() - started)
+def _train(run: _Run, factory: EngineFactory, history: History, done: int) -> int:
+    """All updates that are left; returns how often an engine had to be started again."""
+    if done == run.config.steps:
+        return 0
+    with (
+        closing(TenaciousEngine(factory, _write_policy(run), _engine_config(run))) as engine,
+        Ahead(run.sampler, engine) as ahead,
+    ):
+        for step in range(done, run.config.steps):
+            sampled = ahead.take(step)
+            batch = as_batch(run.config, sampled.record)
+            if not history.routing:
+                history.routing = _routing(run, batch)
+            learner = replace(run.learner, mode=history.routing["mode"])
+            measured = _learn(run, learner, history, batch, step)
+            ahead.settle()
+            measured |= figures(sampled.record, run.sampler.judge.names)
+            measured |= _refresh(run, engine, batch, step + 1)
+            _finish(run, history, measured, _speeds(history, ahead), step + 1)
+    return engine.restarts
+
+
+def _routing(run: _Run, batch: Rollouts) -> dict[str, Any]:
+    """Before the first update: the probe's figures, the mode of replay and its reason."""
+    config = run.config
+    with deterministic():
+        found = preflight(run.learner.model, batch, temperature=config.temperature)
+    run.job.reporter.metrics(found.figures(), 0)
+    wanted = config.routing
+    if wanted == "r3" or (wanted == "auto" and batch.routes_BSLK is not None):
+        require_alignment(found)
+    if wanted != "auto":
+        return {"mode": wanted, "reason": "configured", **found.figures()}
+    choice = choose(
+        mini_steps=config.mini_steps,
+        max_staleness=config.max_staleness,
+        moe=run.moe,
+        returned=run.returned,
+        router_mismatch=found.router_mismatch,
+    )
+    run.job.reporter.progress(0, config.steps, f"routing {choice.mode}: {choice.reason}")
+    return {"mode": choice.mode, "reason": choice.reason, **found.figures()}
+
+
+def _learn(run: _Run, learner: Learner, history: History, batch: Rollouts, step: int) -> dict[str, float]:
+    """The optimiser steps over `batch`; their figures."""
+    config, number = run.config, step + 1
     started = time.monotonic()
     with deterministic():
-        old_BS, compared = old_logprobs(learner, rollouts)
-    if config.rollout_dtype == "float32" and (learner.replay or not run.moe):
+        prepared, compared = prepare(learner, batch)
+    fresh = not config.max_staleness
+    if fresh and config.rollout_dtype == "float32" and (learner.mode == "r3" or not run.moe):
         require_agreement(compared["sampling/logp_difference/max"], config, step=number, what="in its rollouts")
     learning_rate = float(learner.schedule.get_last_lr()[0])
+    learner.model.train(config.activation_checkpointing)  # the only mode in which transformers checkpoints
     with deterministic():
-        figures |= compared | update(learner, rollouts, old_BS, step=number) | {"learning_rate": learning_rate}
-    update_speed = history.update.add(int(rollouts.real_BS.sum()), time.monotonic() - started)
+        found = update(learner, prepared, step=number)
+    learner.model.eval()
+    history.update.add(int(batch.real_BS.sum()), time.monotonic() - started)
+    return compared | found | {"learning_rate": learning_rate}
+
+
+def _refresh(run: _Run, engine: TenaciousEngine, batch: Rollouts, number: int) -> dict[str, float]:
+    """Give the engine the new weights and check that it runs them."""
     engine.refresh(_write_policy(run))
-    figures["sync/max_abs_dlogp"] = verify_refresh(
-        engine, learner.model, _probe_sequences(rollouts, run.max_model_len - 1), config, step=number
-    )
-    history.steps.append({"step": number, **figures})
+    sequences = _probe_sequences(batch, run.max_model_len - 1)
+    return verify_refresh(engine, run.learner.model, sequences, run.config, step=number).figures()
+
+
+def _speeds(history: History, ahead: Ahead) -> dict[str, float]:
+    speeds = {"update/tokens_per_second": history.update.last}
+    for sampled in ahead.finished:
+        assert sampled.seconds is not None
+        history.rollout.add(sampled.tokens, sampled.seconds)
+        speeds["rollout/tokens_per_second"] = history.rollout.last
+    ahead.finished.clear()
+    return speeds
+
+
+def _finish(run: _Run, history: History, measured: dict[str, float], speeds: dict[str, float], number: int) -> None:
+    """Write down what step `number` did, and keep the training state."""
+    history.steps.append({"step": number, **measured})
     save_state(
         run.job.scratch / STATE,
         number,
-        model=learner.model,
-        optimizer=learner.optimizer,
-        schedule=learner.schedule,
+        model=run.learner.model,
+        optimizer=run.learner.optimizer,
+        schedule=run.learner.schedule,
         owner=run.owner,
         extra=history.state(),
     )
-    speeds = {"rollout/tokens_per_second": speed, "update/tokens_per_second": update_speed}
-    run.job.reporter.metrics(figures | speeds, number)
-    run.job.reporter.progress(number, config.steps, f"reward {figures['reward']:.3f}")
-
-
-def _rollouts(run: _Run, engine: Engine, step: int) -> tuple[Rollouts, dict[str, float]]:
-    """Completions of the step's problems with their advantages, and the figures of their rewards."""
-    config, prompts = run.config, run.curriculum.prompts[step]
-    sampling = Sampling(
-        n=config.num_generations,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        seed=derived_seed(config.seed, step, "sampling"),
-        stop_token_ids=run.curriculum.stop_token_ids,
-    )
-    groups = engine.generate(prompts, sampling)
-    rewards_NG = _rewards(run, groups, step)
-    std_N = rewards_NG.std(dim=1)
-    answers = [answer for group in groups for answer in group]
-    figures = {
-        "reward": float(rewards_NG.mean()),
-        "reward_std": float(std_N.mean()),
-        "frac_reward_zero_std": float((std_N == 0).double().mean()),
-        "completions/mean_length": sum(len(answer.token_ids) for answer in answers) / len(answers),
-        "completions/clipped_ratio": sum(answer.finish_reason == "length" for answer in answers) / len(answers),
-    }
-    return collate(prompts, groups, group_advantages(rewards_NG)), figures
-
-
-def _rewards(run: _Run, groups: list[list[Completion]], step: int) -> torch.Tensor:
-    def reward(problem: Problem, answer: Completion) -> float:
-        score = run.task.score(problem, run.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
-        return score if run.config.reward == "graded" else float(score == 1.0)
-
-    pairs = zip(run.curriculum.problems[step], groups, strict=True)
-    return torch.tensor([[reward(problem, answer) for answer in group] for problem, group in pairs])
+    run.job.reporter.metrics(measured | speeds, number)
+    run.job.reporter.progress(number, run.config.steps, f"reward {measured['reward']:.3f}")
 
 
 def _probe_sequences(rollouts: Rollouts, max_length: int) -> list[list[int]]:

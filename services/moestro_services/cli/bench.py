@@ -24,6 +24,9 @@ BENCHMARKS: dict[str, str] = {
     "upcycling-pretrained": "moestro_services.upcycling.pretrained:bench",
     "specialisation": "moestro_services.upcycling.specialisation:bench",
     "losses": "moestro_services.upcycling.losses:bench",
+    "r3-parity": "moestro_services.replay.parity:bench",
+    "r3-cost": "moestro_services.replay.cost:bench",
+    "r3-training": "moestro_services.replay.training:bench",
 }
 """Each returns title, columns, rows, bounds and notes."""
 

@@ -65,11 +65,12 @@ def test_targets_follow_inputs_and_only_completions_count(model):
 def test_a_padded_batch_gives_what_each_sequence_gives_alone(model, replay):
     batch = rollouts(model)
     inspection = Inspection()
-    logprobs = inspect(model, batch, inspection, temperature=1.0, replay=replay)
+    logprobs, used = inspect(model, batch, inspection, temperature=1.0, replay=replay)
+    assert torch.equal(used[batch.real_BS], batch.routes_BSLK[batch.real_BS])
     torch.testing.assert_close(logprobs, batch.engine_logprobs_BS, atol=1e-5, rtol=0)
     assert inspection.tokens == 10
     assert inspection.routings == 24 * 2
-    assert inspection.own_differs == inspection.used_differs == 0
+    assert inspection.own_differs.total() == inspection.used_differs == 0
 
 
 def test_the_gradient_does_not_depend_on_micro_batches(model):
@@ -94,7 +95,8 @@ def test_replay_forces_foreign_routing_on_the_experts_and_its_absence_shows(mode
         inspection = Inspection()
         inspect(model, batch, inspection, temperature=1.0, replay=replay)
         assert inspection.used_differs == used
-        assert inspection.own_differs > 0
+        assert inspection.own_differs.total() > 0
+        assert sum(inspection.layer_mismatches()) == pytest.approx(2 * inspection.router_mismatch)
 
 
 def test_entropy_is_that_of_the_completion_tokens(model):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,31 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moestro.artifacts import Artifact, Job, SilentReporter
-from moestro.config import OptimizerConfig, Resources, RlConfig, TaskConfig
+from moestro.config import (
+    Cispo,
+    Correction,
+    DrGrpo,
+    FunctionReward,
+    GradedReward,
+    Grpo,
+    Gspo,
+    KlPenalty,
+    OptimizerConfig,
+    Resources,
+    RlConfig,
+    TaskConfig,
+)
 from moestro.data.tasks import Problem, Task
 from moestro.data.tokenizer import train_bpe
-from moestro.errors import ConfigError, InputError, TrainingError
+from moestro.errors import ConfigError, InputError, LostWorkerError, TrainingError
 from moestro.inference.engine import EngineConfig, VllmEngine
-from moestro.models.checkpoint import save_model
+from moestro.models.checkpoint import load_model, save_model
 from moestro.rl import rl
+from moestro.rl.records import read_record
+from moestro.rl.sampling import as_batch
+from moestro.rl.update import Learner, prepare, update
+from moestro.training.optimizer import build_optimizer
+from moestro.training.runtime import deterministic
 
 STEPS = 3
 SHAPE = {
@@ -73,10 +92,25 @@ class MisalignedEngine(VllmEngine):
         return super()._routes(routes[[0, *range(rows - 1)]], rows)
 
 
+class DyingEngine(VllmEngine):
+    """Dies in the middle of the second batch of rollouts, as often as `deaths` says."""
+
+    deaths = 1
+    left = 0
+    asked = 0
+
+    def generate(self, *args: Any) -> Any:
+        type(self).asked += 1
+        if type(self).asked >= 2 and type(self).left:
+            type(self).left -= 1
+            raise LostWorkerError("The rollout engine died.")
+        return super().generate(*args)
+
+
 def config(**changes: Any) -> RlConfig:
     settings: dict[str, Any] = {
         "task": TaskConfig(name="chain_sum", arguments={"max_terms": 2, "max_digits": 2}),
-        "reward": "graded",
+        "rewards": (GradedReward(),),
         "steps": STEPS,
         "prompts_per_step": 6,
         "num_generations": 4,
@@ -103,7 +137,11 @@ def run(source: Path, base: Path, reporter: Any, *, engine: Any = VllmEngine, **
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def last_out(base: Path) -> Path:
@@ -168,7 +206,7 @@ def moe(tiny_moe, tmp_path):
 
 
 def test_replay_of_routing_that_vllm_does_not_return_is_refused_before_an_engine_starts(moe, tmp_path):
-    with pytest.raises(InputError, match=r"all its layers slide over 12 positions.*Set rl\.routing to off"):
+    with pytest.raises(InputError, match=r"all its layers slide over 12 positions.*Set rl\.routing to r2 or off"):
         run(moe("mixtral", sliding_window=12), tmp_path, SilentReporter(), engine=no_engine)
 
 
@@ -233,7 +271,7 @@ def test_a_killed_run_ends_in_the_same_bytes(source, undisturbed, tmp_path):
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline().strip() == "1"
+        assert [process.stdout.readline().strip() for _ in range(2)] == ["0", "1"]  # 0: the probe before the first
         os.kill(process.pid, signal.SIGKILL)
     resumed = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True)
     assert resumed.stdout.split()[-1] == "3"
@@ -248,7 +286,7 @@ def test_a_refresh_that_does_not_take_stops_the_run(source, tmp_path):
 
 @pytest.mark.slow
 def test_misaligned_routing_stops_the_run(source, tmp_path):
-    with pytest.raises(TrainingError, match="rl step 1: in its rollouts"):
+    with pytest.raises(TrainingError, match="routing is not where it belongs"):
         run(source, tmp_path, SilentReporter(), engine=MisalignedEngine)
 
 
@@ -267,3 +305,91 @@ def test_bfloat16_rollouts_are_trained_on_with_their_own_routing(source, tmp_pat
     (row,) = json.loads((last_out(tmp_path) / "history.json").read_text())["steps"]
     assert row["r3/used_mismatch"] == 0
     assert 1e-7 < row["r3/k3_kl"] < 1e-2
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_is_replaced_once_and_nothing_changes(source, undisturbed, tmp_path):
+    DyingEngine.left, DyingEngine.asked = 1, 0
+    result = run(source, tmp_path, SilentReporter(), engine=DyingEngine)
+    assert result["engine_restarts"] == 1
+    assert undisturbed[0]["engine_restarts"] == 0
+    assert digests(last_out(tmp_path)) == digests(undisturbed[1])
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_again_ends_the_run(source, tmp_path):
+    DyingEngine.left, DyingEngine.asked = 2, 0
+    with pytest.raises(LostWorkerError, match="died"):
+        run(source, tmp_path, SilentReporter(), engine=DyingEngine)
+
+
+@pytest.mark.slow
+def test_stale_rollouts_come_from_the_policy_that_they_should_and_a_resumed_run_has_the_same(source, tmp_path):
+    fields: dict[str, Any] = {"max_staleness": 1, "correction": Correction(), "steps": 3}
+    run(source, tmp_path / "whole", SilentReporter(), **fields)
+    whole = last_out(tmp_path / "whole")
+    records = [read_record(path).provenance for path in sorted((whole / "rollouts").iterdir())]
+    assert [(record.step, record.policy_version) for record in records] == [(1, 0), (2, 0), (3, 1)]
+    with pytest.raises(InterruptedRunError):
+        run(source, tmp_path / "cut", InterruptingReporter(1), **fields)
+    run(source, tmp_path / "cut", SilentReporter(), **fields)
+    assert digests(last_out(tmp_path / "cut")) == digests(whole)
+    steps = json.loads((whole / "history.json").read_text())["steps"]
+    assert [row["staleness"] for row in steps] == [0, 1, 1]
+    assert steps[1]["r3/k3_kl"] > 1e-6 > steps[1]["sync/k3_kl"]
+
+
+@pytest.mark.slow
+def test_an_update_is_replayed_from_disk_bit_for_bit(source, tmp_path):
+    """The first step, from nothing but the model it began with and the record of its rollouts."""
+    settings = config(steps=1, mini_steps=2)
+    run(source, tmp_path, SilentReporter(), steps=1, mini_steps=2)
+    model = load_model(source, dtype=torch.float32)
+    optimizer, schedule = build_optimizer(model, settings.optimizer, 2)
+    learner = Learner(model, optimizer, schedule, settings, "r3")
+    record = read_record(next((last_out(tmp_path) / "rollouts").iterdir()))
+    threads = torch.get_num_threads()
+    with deterministic():
+        prepared, _ = prepare(learner, as_batch(settings, record))
+        update(learner, prepared, step=1)
+    assert threads == torch.get_num_threads()
+    trained = load_model(last_out(tmp_path), dtype=torch.float32)
+    for (name, ours), theirs in zip(model.named_parameters(), trained.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+REWARD = """
+def parity(completion_ids, **columns):
+    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
+"""
+
+
+@pytest.mark.slow
+def test_every_algorithm_trains_on_a_users_reward(source, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    reward = FunctionReward(path=f"{tmp_path / 'reward.py'}:parity")
+    for algorithm in (Grpo(), DrGrpo(), Gspo(), Cispo()):
+        base = tmp_path / algorithm.type
+        fields: dict[str, Any] = {"algorithm": algorithm, "rewards": (reward,), "kl": KlPenalty(), "routing": "auto"}
+        result = run(source, base, SilentReporter(), steps=1, mini_steps=8, **fields)
+        history = json.loads((last_out(base) / "history.json").read_text())
+        assert result["routing"] == history["routing"]["mode"] == "r3"
+        assert "8 optimiser steps" in history["routing"]["reason"]
+        (row,) = history["steps"]
+        assert row["rewards/parity/mean"] == pytest.approx(row["reward"])
+        assert row["kl"] > 0
+        assert row["r3/used_mismatch"] == 0
+
+
+def test_answers_that_do_not_fit_are_refused_before_an_engine_starts(source, tmp_path):
+    task = TaskConfig(name="chain_sum", arguments={"max_terms": 2, "min_digits": 6, "max_digits": 6})
+    with pytest.raises(InputError, match=r"answers of task 'chain_sum' are longer than rl\.max_tokens 3"):
+        run(source, tmp_path, SilentReporter(), engine=no_engine, task=task, max_tokens=3)
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_an_engine_starts(source, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    train_bpe(["Question: what is 1 + 2 =\nAnswer: 3\n" * 50, "Calculate the sum. " * 50], 400).save_pretrained(other)
+    with pytest.raises(InputError, match="its model has only 288"):
+        run(other, tmp_path, SilentReporter(), engine=no_engine)

@@ -1,0 +1,141 @@
+"""`Judge`: all rewards of a run, asked together about the completions of a step.
+
+Shapes: N prompts, G completions per prompt, F reward functions.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro.config import FunctionReward, GradedReward, NumericReward, RewardConfig, VerifiedReward
+from moestro.data.tasks import Task
+from moestro.errors import ConfigError, InputError
+from moestro.rl.rewards.answered import Answered
+from moestro.rl.rewards.functions import load, start
+from moestro.rl.rewards.matching import exact_match, graded, numeric, verified
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Rewards of a step."""
+
+    by_function_FNG: Tensor
+    """float32, NaN where a function has no say."""
+    total_NG: Tensor
+    """Their weighted sum, float32; NaN where none has a say."""
+    failures: int
+    """Calls that raised or took too long, and were passed over."""
+
+
+class Judge:
+    """The rewards that a config lists."""
+
+    def __init__(self, configs: Sequence[RewardConfig], task: Task) -> None:
+        """Raises `ConfigError` for a function that cannot be found, or two rewards of one name."""
+        self.names = [_name(config) for config in configs]
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ConfigError(f"rl.rewards: two of them are named {name!r}.", hint="Keep one, with another weight.")
+        self._configs = tuple(configs)
+        self._functions = [_function(config, task) for config in configs]
+
+    def judge(self, answered: Answered, *, step: int, group: int) -> Verdicts:
+        """What the completions earned; `group` of them answer the same problem.
+
+        Raises `InputError` naming function and step for one that raises (unless the config says to pass it over), or
+        that answers with the wrong number of rewards, or with one that is not a finite number.
+        """
+        columns: dict[str, list[Any]] = {
+            "answer": [problem.answer for problem in answered.problems],
+            "step": [step] * len(answered),
+        }
+        running = {
+            number: start(function, _arguments(answered, columns), config.timeout_seconds)
+            for number, (config, function) in enumerate(zip(self._configs, self._functions, strict=True))
+            if isinstance(config, FunctionReward)
+        }
+        found, failures = [], 0
+        for number, (config, function) in enumerate(zip(self._configs, self._functions, strict=True)):
+            rewards = (
+                self._result(config, running[number], step)
+                if isinstance(config, FunctionReward)
+                else function(answered)
+            )
+            failures += rewards is None
+            given = [None] * len(answered) if rewards is None else rewards
+            found.append(_checked(given, len(answered), self.names[number], step))
+        by_function_FNG = torch.tensor(found).reshape(len(found), -1, group)
+        weights_F11 = torch.tensor([config.weight for config in self._configs])[:, None, None]
+        silent_NG = by_function_FNG.isnan().all(dim=0)
+        total_NG = (by_function_FNG * weights_F11).nansum(dim=0)
+        return Verdicts(by_function_FNG, torch.where(silent_NG, torch.nan, total_NG), failures)
+
+    def _result(self, config: FunctionReward, running: Future[Sequence[Any]], step: int) -> Sequence[Any] | None:
+        """What the function returned; None if it failed and may."""
+        try:
+            error = running.exception(config.timeout_seconds)
+        except TimeoutError as late:
+            error = late
+        if error is None:
+            return running.result()
+        if config.on_failure == "none" and isinstance(error, Exception):
+            return None
+        late_one = isinstance(error, TimeoutError)
+        what = f"took more than {config.timeout_seconds:g} s" if late_one else f"raised {type(error).__name__}: {error}"
+        raise InputError(
+            f"rl step {step}: reward {config.path} {what}.",
+            hint="Mend it and run the same command again: it resumes there. `on_failure: none` passes such calls over.",
+        ) from error
+
+
+def _name(config: RewardConfig) -> str:
+    return config.path.partition(":")[2] if isinstance(config, FunctionReward) else config.type
+
+
+def _function(config: RewardConfig, task: Task) -> Callable[..., Any]:
+    if isinstance(config, FunctionReward):
+        return load(config)
+    if isinstance(config, VerifiedReward):
+        return partial(verified, task)
+    if isinstance(config, GradedReward):
+        return partial(graded, task)
+    if isinstance(config, NumericReward):
+        return partial(numeric, config.tolerance)
+    return exact_match
+
+
+def _arguments(answered: Answered, columns: dict[str, list[Any]]) -> dict[str, Any]:
+    return {
+        "prompts": [problem.prompt for problem in answered.problems],
+        "completions": list(answered.completions),
+        "completion_ids": [list(ids) for ids in answered.completion_ids],
+        **columns,
+    }
+
+
+def _checked(rewards: Any, count: int, name: str, step: int) -> list[float]:
+    if not isinstance(rewards, Sequence | Tensor) or isinstance(rewards, str) or len(rewards) != count:
+        said = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"a {type(rewards).__name__}"
+        raise InputError(
+            f"rl step {step}: reward {name} returned {said} for {count} completions.",
+            hint="It has to return a list with a number, or None, for each completion.",
+        )
+    values = []
+    for position, reward in enumerate(rewards):
+        try:
+            value = math.nan if reward is None else float(reward)
+        except (TypeError, ValueError):
+            value = math.inf
+        if reward is not None and not math.isfinite(value):
+            raise InputError(
+                f"rl step {step}: reward {name} gave completion {position} {reward!r}, which is no finite number.",
+                hint="Return None for a completion that it cannot judge.",
+            )
+        values.append(value)
+    return values

@@ -1,0 +1,138 @@
+"""`Sampler`: the rollouts of each step, sampled and judged once and kept on disk.
+
+Shapes: N prompts, G completions per prompt, F reward functions.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moestro.config import RlConfig
+from moestro.errors import InputError
+from moestro.inference.engine import Completion, Engine, Sampling
+from moestro.rl.advantages import advantages, group_std
+from moestro.rl.curriculum import Curriculum, derived_seed
+from moestro.rl.records import Provenance, RolloutRecord, find_record, read_record, write_record
+from moestro.rl.rewards import Answered, Judge, Verdicts
+from moestro.rl.rollouts import Rollouts, collate
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The rollouts of a step."""
+
+    record: RolloutRecord
+    seconds: float | None
+    """What sampling them took; None if they were found on disk."""
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens."""
+        return sum(len(answer.token_ids) for group in self.record.groups for answer in group)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What is asked of the engine, and of the rewards."""
+
+    config: RlConfig
+    curriculum: Curriculum
+    judge: Judge
+    tokenizer: Any
+    folder: Path
+    """Where records lie."""
+    model: str
+    """Identity of the model that the stage began with."""
+
+    def obtain(self, engine: Engine, step: int, *, version: int) -> Sampled:
+        """The rollouts of `step` (from 0), from disk, or by an engine whose policy has had `version` updates.
+
+        Raises `InputError` if those on disk are damaged or not of that policy, or what a reward raises.
+        """
+        found = find_record(self.folder, step + 1)
+        if found is not None:
+            return Sampled(read_record(found), None)
+        if version != max(0, step - self.config.max_staleness):
+            raise InputError(
+                f"The rollouts of rl step {step + 1} are gone, and so is the policy that sampled them.",
+                hint=f"Delete {self.folder.parent} to begin anew.",
+            )
+        started = time.monotonic()
+        record = self._sample(engine, step, version)
+        write_record(self.folder, record)
+        return Sampled(record, time.monotonic() - started)
+
+    def _sample(self, engine: Engine, step: int, version: int) -> RolloutRecord:
+        config, prompts, problems = self.config, self.curriculum.prompts[step], self.curriculum.problems[step]
+        sampling = Sampling(
+            n=config.num_generations,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            seed=derived_seed(config.seed, step, "sampling"),
+            stop_token_ids=self.curriculum.stop_token_ids,
+        )
+        groups = engine.generate(prompts, sampling)
+        ids = [answer.token_ids for group in groups for answer in group]
+        answered = Answered(
+            problems=[problem for problem in problems for _ in range(config.num_generations)],
+            completions=[self.tokenizer.decode(row, skip_special_tokens=True) for row in ids],
+            completion_ids=ids,
+        )
+        verdicts = self.judge.judge(answered, step=step + 1, group=config.num_generations)
+        provenance = Provenance(
+            step=step + 1,
+            policy_version=version,
+            model=self.model,
+            dtype=config.rollout_dtype,
+            temperature=config.temperature,
+            max_tokens=config.max_tokens,
+            seed=sampling.seed,
+        )
+        return RolloutRecord(prompts, groups, verdicts, provenance)
+
+
+def as_batch(config: RlConfig, record: RolloutRecord) -> Rollouts:
+    """The record as a batch that the trainer learns from."""
+    return collate(record.prompts, record.groups, advantages(record.verdicts.total_NG, config.scaling))
+
+
+def figures(record: RolloutRecord, names: list[str]) -> dict[str, float]:
+    """Rewards and lengths under the field's names; `names` are those of the reward functions."""
+    verdicts, answers = record.verdicts, [answer for group in record.groups for answer in group]
+    std_N = group_std(verdicts.total_NG)
+    return {
+        "reward": _mean(verdicts.total_NG),
+        "reward_std": float(std_N.mean()),
+        "frac_reward_zero_std": float((std_N == 0).double().mean()),
+        **_by_function(verdicts, names),
+        **_lengths(answers),
+        "staleness": float(record.provenance.step - 1 - record.provenance.policy_version),
+    }
+
+
+def _by_function(verdicts: Verdicts, names: list[str]) -> dict[str, float]:
+    found = {}
+    for name, rewards_NG in zip(names, verdicts.by_function_FNG, strict=True):
+        found[f"rewards/{name}/mean"] = _mean(rewards_NG)
+        found[f"rewards/{name}/std"] = float(group_std(rewards_NG.reshape(1, -1))[0])
+    found["rewards/unjudged"] = float(verdicts.total_NG.isnan().double().mean())
+    found["rewards/failures"] = float(verdicts.failures)
+    return found
+
+
+def _mean(rewards: torch.Tensor) -> float:
+    """Of those that were given; 0 if none was."""
+    return float(rewards.nan_to_num().sum() / (~rewards.isnan()).sum().clamp(min=1))
+
+
+def _lengths(answers: list[Completion]) -> dict[str, float]:
+    lengths = [len(answer.token_ids) for answer in answers]
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(answer.finish_reason == "length" for answer in answers) / len(answers),
+    }

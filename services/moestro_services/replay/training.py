@@ -1,0 +1,178 @@
+"""`moestro bench r3-training`: one task learnt with and without routing replay, near on-policy and far from it.
+
+Every arm is `moestro stage rl` on the quickstart's tuned model, in a process with one thread of its own, as many side
+by side as there are cores; rollouts are bfloat16's, where engine and trainer route differently. Runs are kept in the
+home's folder `bench/r3-training`: a bench that was stopped goes on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from moestro.artifacts import fingerprint
+from moestro.config import Correction, Gspo, RlConfig
+from moestro.errors import ResourceError, TrainingError
+from moestro_flows.home import Home
+from moestro_services.replay.accuracy import Share, accuracy
+from moestro_services.replay.drawing import draw_rewards
+from moestro_services.replay.models import quickstart
+from moestro_services.upcycling.statistics import Interval
+
+SEEDS = (0, 1, 2, 3, 4)
+MINI_STEPS = (1, 8)
+GSPO = Gspo(clip=0.03, clip_high=0.04)
+"""A hundred times the paper's range, for a learning rate that is two hundred times the paper's."""
+ARMS: dict[str, dict[str, Any]] = {
+    "off": {"routing": "off"},
+    "TIS": {"routing": "off", "correction": Correction()},
+    "GSPO": {"routing": "off", "algorithm": GSPO},
+    "R3": {"routing": "r3"},
+    "R3 + GSPO": {"routing": "r3", "algorithm": GSPO},
+}
+LAST = 3
+"""Updates whose mean reward is the final one, and the first."""
+PROBLEMS = 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one arm did from one random seed."""
+
+    rewards: list[float]
+    """Mean reward by update; those before a failure."""
+    k3: float
+    """Engine against trainer before each update's optimiser steps, mean over updates, nats."""
+    failed: bool
+    """Whether training stopped for a figure that is not finite."""
+
+    @property
+    def first(self) -> float:
+        """Mean reward of the first updates."""
+        return fmean(self.rewards[:LAST])
+
+    @property
+    def final(self) -> float:
+        """Mean reward of the last updates."""
+        return fmean(self.rewards[-LAST:])
+
+    @property
+    def collapsed(self) -> bool:
+        """Failed, or ended below its own beginning."""
+        return self.failed or self.final < self.first
+
+
+Found = Mapping[tuple[str, int], Sequence[Run]]
+"""By arm and optimiser steps per batch of rollouts, one per random seed."""
+
+
+def bench(seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
+    """The first run trains, for about half an hour on two cores; a later one reads."""
+    lifecycle, tuned = quickstart()
+    assert isinstance(lifecycle.rl, RlConfig)
+    folder = Home.current().path / "bench" / "r3-training"
+    short = lifecycle.rl.model_copy(update={"rollout_dtype": "bfloat16", "steps": 12, "prompts_per_step": 16})
+    found = compare(short, tuned.path, folder, seeds)
+    shares = before_and_after(lifecycle.rl, tuned.path, folder)
+    picture = folder / "rewards.svg"
+    draw_rewards({f"{arm}, {mini}": [run.rewards for run in runs] for (arm, mini), runs in found.items()}, picture)
+    return report(found, shares) | {"picture": str(picture)}
+
+
+def compare(config: RlConfig, model: Path, folder: Path, seeds: Sequence[int]) -> Found:
+    """Every arm from every random seed."""
+    wanted = {
+        (arm, mini, seed): config.model_copy(update={**fields, "mini_steps": mini, "seed": seed})
+        for arm, fields in ARMS.items()
+        for mini in MINI_STEPS
+        for seed in seeds
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = dict(zip(wanted, pool.map(lambda one: _run(one, model, folder), wanted.values()), strict=True))
+    return {(arm, mini): [runs[arm, mini, seed] for seed in seeds] for arm in ARMS for mini in MINI_STEPS}
+
+
+def before_and_after(config: RlConfig, model: Path, folder: Path) -> tuple[Share, Share]:
+    """Accuracy on held-out problems of the tuned model, and of what the quickstart's own rl makes of it."""
+    trained = _trained(config, model, folder)
+    before, after = (accuracy(one, config.task, PROBLEMS, config.max_tokens) for one in (model, trained))
+    return before, after
+
+
+def _run(config: RlConfig, model: Path, folder: Path) -> Run:
+    try:
+        out = _trained(config, model, folder)
+    except TrainingError:
+        return Run([0.0] * LAST, 0.0, failed=True)
+    steps = json.loads((out / "history.json").read_text())["steps"]
+    return Run([row["reward"] for row in steps], fmean(row["r3/k3_kl"] for row in steps), failed=False)
+
+
+def _trained(config: RlConfig, model: Path, folder: Path) -> Path:
+    """The artifact of the rl stage on `model`, from `folder` if it is there.
+
+    Raises `TrainingError` if a figure was not finite, `ResourceError` for any other failure.
+    """
+    name = fingerprint("r3-training", "1", config.identity(), {"model": str(model.name)})[:16]
+    out, yaml_file = folder / name, folder / f"{name}.yaml"
+    if out.is_dir():
+        return out
+    folder.mkdir(parents=True, exist_ok=True)
+    yaml_file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = ["stage", "rl", "--config", str(yaml_file), "--input", f"model={model}", "--out", str(out), "--cpus", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moestro_services.cli", *command, "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.strip()[-2000:]
+        kind = TrainingError if "not finite" in said else ResourceError
+        raise kind(f"`moestro {' '.join(command)}` ended with code {done.returncode}:\n{said}")
+    return out
+
+
+def report(found: Found, shares: tuple[Share, Share]) -> dict[str, Any]:
+    """The table, its bounds and notes."""
+    before, after = shares
+    seeds = len(next(iter(found.values())))
+    return {
+        "title": f"One task with and without routing replay, bfloat16 rollouts, {seeds} random seeds",
+        "columns": ["arm", "optimiser steps a batch", "first reward", "final reward", "gain", "k3, nats", "collapsed"],
+        "rows": [
+            [
+                arm,
+                mini,
+                str(Interval.of([run.first for run in runs])),
+                str(Interval.of([run.final for run in runs])),
+                str(Interval.of([run.final - run.first for run in runs])),
+                f"{fmean(run.k3 for run in runs):.1e}",
+                f"{sum(run.collapsed for run in runs)} of {seeds}",
+            ]
+            for (arm, mini), runs in found.items()
+        ],
+        "bounds": [
+            {
+                "what": f"accuracy after the quickstart's rl ({after}) less before ({before}), by the interval's half",
+                "value": (after.share - before.share) / max(after.joint_half_width(before), 1e-12),
+                "limit": ">= 1",
+                "ok": after.share - before.share > after.joint_half_width(before),
+            }
+        ],
+        "notes": [
+            f"Reward: share of right sampled answers. First and final: means over {LAST} updates; a run has collapsed "
+            "if it stopped for a figure that is not finite, or ended below its beginning.",
+            f"± is half a 95% interval over random seeds (Student's t). Accuracy: greedy, {PROBLEMS} held-out problems.",
+            "GSPO's range is 0.03 to 0.04, a hundred times the paper's: so is the learning rate, and more.",
+        ],
+    }
