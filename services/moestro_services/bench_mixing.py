@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from moestro.errors import ResourceError
-from moestro_flows.home import Home
 from moestro_kernels.timing import Timing, ratio
 from moestro_services.bench_mixing_rivals import (
     MERGEKIT,
@@ -24,10 +23,10 @@ from moestro_services.bench_mixing_rivals import (
     expert_tensors,
     make_inputs,
     mergekit,
-    mergekit_environment,
     moestro,
 )
 from moestro_services.measured_process import Measured, measured
+from moestro_services.peers import peer_environment
 
 COUNTS = (4, 8)
 REPEATS = 5
@@ -84,9 +83,7 @@ def bench() -> dict[str, Any]:
 
     The first time, mergekit is installed into an environment of its own in the home's folder `peers`.
     """
-    peers = Home.current().path / "peers"
-    peers.mkdir(parents=True, exist_ok=True)
-    python = mergekit_environment(peers / f"mergekit-{MERGEKIT}")
+    python = peer_environment("mergekit", MERGEKIT)
     rows, bounds = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -5,10 +5,8 @@ that mergekit, which takes all other weights from one model, has to write the sa
 D hidden, E experts, F intermediate.
 """
 
-import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +16,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from moestro.artifacts import Job, exclusive
+from moestro.artifacts import Job
 from moestro.config import ImportSeed
-from moestro.errors import ResourceError
 from moestro.models.families import feed_forward_part
 from moestro.models.files import WEIGHTS
 from moestro.models.layouts import LAYOUTS, PROJECTIONS
@@ -105,35 +102,6 @@ def _environment(*without: str) -> dict[str, str]:
     """Both keep compiled modules, as installed packages do, and look for nothing on the network."""
     left_out = {"PYTHONDONTWRITEBYTECODE", *without}
     return {name: value for name, value in os.environ.items() if name not in left_out} | {"HF_HUB_OFFLINE": "1"}
-
-
-def mergekit_environment(folder: Path) -> Path:
-    """The interpreter of an environment with mergekit, and with this one's torch and transformers; made once.
-
-    Raises `ResourceError` if pip cannot install them.
-    """
-    ours = {name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "transformers")}
-    first, *others = [*(f"{name}=={version}" for name, version in ours.items()), f"mergekit=={MERGEKIT}"]
-    stamp, python = folder / "installed.txt", folder / "bin" / "python"
-    with exclusive(folder.with_suffix(".lock"), what=str(folder), wait=True):
-        wanted = "\n".join((first, *others))
-        if stamp.is_file() and stamp.read_text() == wanted:
-            return python
-        shutil.rmtree(folder, ignore_errors=True)
-        _call(sys.executable, "-m", "venv", str(folder))
-        for packages in ([first], others):  # which build of torch is pip's own affair
-            _call(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages)
-        stamp.write_text(wanted)
-    return python
-
-
-def _call(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ResourceError(
-            f"`{' '.join(command)}` ended with code {done.returncode}:\n{done.stderr.strip()}",
-            hint="The benchmark installs mergekit from the package index that pip is configured for.",
-        )
 
 
 def differing_experts(ours: Path, theirs: Path) -> int:

@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, str] = {
     "upcycling-pretrained": "moestro_services.upcycling.pretrained:bench",
     "specialisation": "moestro_services.upcycling.specialisation:bench",
     "losses": "moestro_services.upcycling.losses:bench",
+    "grpo-parity": "moestro_services.replay.trl_parity:bench",
     "r3-parity": "moestro_services.replay.parity:bench",
     "r3-cost": "moestro_services.replay.cost:bench",
     "r3-training": "moestro_services.replay.training:bench",

@@ -172,7 +172,7 @@ def report(found: Found, shares: tuple[Share, Share]) -> dict[str, Any]:
         "notes": [
             f"Reward: share of right sampled answers. First and final: means over {LAST} updates; a run has collapsed "
             "if it stopped for a figure that is not finite, or ended below its beginning.",
-            f"± is half a 95% interval over random seeds (Student's t). Accuracy: greedy, {PROBLEMS} held-out problems.",
+            f"±: half a 95% interval over random seeds (Student's t). Accuracy: greedy; {PROBLEMS} held-out problems.",
             "GSPO's range is 0.03 to 0.04, a hundred times the paper's: so is the learning rate, and more.",
         ],
     }
