@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def preflight(config: LifecycleConfig) -> None:
-    """Make the problems that late steps will ask for, and import the functions that will judge, before any work is done.
+    """Make the problems that late steps will ask for, and import the functions that will judge, before any work.
 
     Raises `ConfigError` for a task, argument or function there is none of, `InputError` for a task with too few
     problems.

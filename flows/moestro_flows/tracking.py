@@ -134,5 +134,6 @@ def step_figures(artifact: Artifact, registry: Registry) -> dict[str, Any]:
         return {}
     steps = json.loads(history.read_text())["steps"]
     if artifact.stage == "rl":
-        return {"reward": figures.reward_curve(steps)}
+        reward = {"reward": figures.reward_curve(steps)} if "reward" in steps[0] else {}
+        return reward | ({"policy": figures.policy_panels(steps)} if figures.PANELS.keys() & steps[0].keys() else {})
     return {"loss": figures.loss_curves({artifact.stage: steps})}

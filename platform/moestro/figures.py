@@ -69,16 +69,52 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, title: 
 def reward_curve(history: Sequence[Mapping[str, Any]], *, title: str = "Reward of the rollouts") -> Figure:
     """Mean reward per policy update; `history` are the `steps` of the rl stage's `history.json`.
 
-    The band is one standard deviation among the completions of one prompt (`reward_std`), cut to [0, 1].
+    The band is one standard deviation among the completions of one prompt (`reward_std`). Rewards that all lie in
+    [0, 1] are drawn on that scale, and the band is cut to it.
     """
     x_N, mean_N, std_N = (np.array([entry[key] for entry in history]) for key in ("step", "reward", "reward_std"))
     with rc_context(STYLE):
-        figure, axes = _single(title, x="policy update", y="reward (1 = verified answer)")
-        low_N, high_N = np.clip(mean_N - std_N, 0, 1), np.clip(mean_N + std_N, 0, 1)
+        figure, axes = _single(title, x="policy update", y="reward")
+        bounded = bool((mean_N >= 0).all() and (mean_N <= 1).all())
+        low_N, high_N = ((np.clip(edge_N, 0, 1) if bounded else edge_N) for edge_N in (mean_N - std_N, mean_N + std_N))
         axes.fill_between(x_N, low_N, high_N, color=COLOURS[0], alpha=0.18, linewidth=0, label="± std within a prompt")
         axes.plot(x_N, mean_N, color=COLOURS[0], marker="o", markersize=4, label="mean of all rollouts")
-        axes.set_ylim(-0.02, 1.02)
+        if bounded:
+            axes.set_ylim(-0.02, 1.02)
         _legend(axes, 2)
+        return figure
+
+
+PANELS = {
+    "entropy": "entropy (nats)",
+    "r3/k3_kl": "engine against trainer, k3 (nats)",
+    "r3/router_mismatch": "own router differs (share)",
+    "clip_ratio/region_mean": "clipped tokens (share)",
+    "completions/mean_length": "length of completions (tokens)",
+    "grad_norm": "gradient norm",
+    "kl": "divergence from the beginning (nats)",
+    "rewards/margins": "margin of implicit rewards",
+    "rewards/accuracies": "chosen answers preferred (share)",
+}
+"""Figures of an rl stage that are drawn beside its reward or loss, by name in its history."""
+
+
+def policy_panels(history: Sequence[Mapping[str, Any]], *, title: str = "Policy updates") -> Figure:
+    """Those of `PANELS` that the `steps` of an rl stage's `history.json` have, one small plot each."""
+    known = {name: label for name, label in PANELS.items() if name in history[0]}
+    rows = ceil(len(known) / 2)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 2.2 * rows), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        grid = figure.subplots(rows, 2, squeeze=False).flatten()
+        x_N = np.array([entry["step"] for entry in history], dtype=float)
+        for axes, (name, label) in zip(grid, known.items(), strict=False):
+            y_N = np.array([entry[name] for entry in history], dtype=float)
+            _noisy_line(axes, x_N, y_N, label, COLOURS[0])
+            axes.set(xlabel="policy update", ylabel=label)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in grid[len(known) :]:
+            axes.set_visible(False)
         return figure
 
 

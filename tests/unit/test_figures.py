@@ -13,6 +13,7 @@ from moestro import figures
 
 HISTORY = [{"step": step, "loss": 4.0 / step, "learning_rate": 0.1} for step in range(1, 5)]
 REWARDS = [{"step": step, "reward": 0.1 * step, "reward_std": 0.3} for step in range(1, 9)]
+POLICY = [{"step": step, "entropy": 1.0 / step, "r3/k3_kl": 1e-4, "loss": 0.1} for step in range(1, 9)]
 ORIGINS = [["code", "docs", "seed"]] * 2
 COUNTS_LED = [[[6, 1], [2, 3], [0, 0]], [[0, 4], [0, 4], [0, 0]]]
 COACTIVATION_LEE = [[[8, 6, 2], [6, 12, 0], [2, 0, 0]]]
@@ -23,6 +24,7 @@ def every_figure() -> dict[str, Figure]:
     return {
         "loss": figures.loss_curves({"branch code": HISTORY, "branch docs": HISTORY[:2]}),
         "reward": figures.reward_curve(REWARDS),
+        "policy": figures.policy_panels(POLICY),
         "held_out": figures.held_out_loss({"seed": {"code": 3.0, "docs": 4.0}, "mix": {"code": 2.0, "docs": None}}),
         "experts": figures.expert_heatmap(COUNTS_LED, domains=["code", "docs"], origins=ORIGINS),
         "coactivation": figures.coactivation(COACTIVATION_LEE, origins=ORIGINS[:1]),
@@ -36,7 +38,7 @@ def test_saved_bytes_are_the_same_every_time(tmp_path: Path, suffix: str) -> Non
         for name, figure in every_figure().items():
             figures.save(figure, tmp_path / attempt / f"{name}.{suffix}")
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert len(names) == 5
+    assert len(names) == 6
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 

@@ -45,11 +45,17 @@ def training(story: Story) -> Html:
 
 
 def reward(story: Story) -> Html:
-    """Reward per policy update."""
+    """Reward per policy update where there is one, and what else an rl stage logs."""
     histories = list(story.history("rl").values())
     if not histories:
         return Html("")
-    return picture(figures.reward_curve(histories[0]), "Mean reward over policy updates")
+    steps, pictures = histories[0], []
+    if "reward" in steps[0]:
+        pictures.append(picture(figures.reward_curve(steps), "Mean reward over policy updates"))
+    if figures.PANELS.keys() & steps[0].keys():
+        described = "Entropy, divergences, clipping and lengths by policy update"
+        pictures.append(picture(figures.policy_panels(steps), described))
+    return join(pictures)
 
 
 def experts(profile: Told) -> Html:
