@@ -10,6 +10,7 @@ Shapes: T tokens of a step, D hidden, E experts.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from moestro.models.families import FAMILIES, MoeShape
 from moestro.models.routers import experts, feed_forwards, parameter_counts, routers
 from moestro.seeding.pretrain import build_model
 from moestro.training.attention import training_attention
+from moestro.training.auxiliary import Auxiliary
 from moestro.training.linear import training_linear
 from moestro.training.objective import backward
 from moestro.training.optimizer import build_optimizer
@@ -89,20 +91,27 @@ def measure_step(workload: Workload, dtype: torch.dtype, *, seconds: float, roun
     return StepTimes(timings, flops, abs(first[OURS] - first[DEFAULT]))
 
 
-def moestro_step(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[Batch], float]:
+def moestro_step(
+    model: PreTrainedModel, dtype: torch.dtype, *, auxiliary: Auxiliary | None = None, accumulation: int = 1
+) -> Callable[[Batch], float]:
     """A step of Moestro's training of the parameters that want a gradient; returns the batch's loss in nats."""
     if experts(model):
         model.set_experts_implementation(OURS)
     config = OptimizerConfig()
     optimizer, schedule = build_optimizer(model, config, PLANNED_STEPS)
+    taken = count()
 
     def step(batch: Batch) -> float:
+        if auxiliary:
+            auxiliary.begin(next(taken), PLANNED_STEPS)
         with deterministic():
-            loss = backward(model, batch, accumulation=1, dtype=dtype, auxiliary=None)
+            loss = backward(model, batch, accumulation=accumulation, dtype=dtype, auxiliary=auxiliary)
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
+        if auxiliary:
+            auxiliary.end()
         return loss
 
     return step

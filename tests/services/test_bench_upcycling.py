@@ -1,17 +1,16 @@
 """The benches of recipes at toy size: every rival trains for real, on the budget it is said to have."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moestro.config import load_lifecycle
 from moestro_services.upcycling import bench, losses, pretrained, rivals, specialisation
-from moestro_services.upcycling.arms import Scale
-from moestro_services.upcycling.bench import CONFIG, Measured, measure, on_all_seeds, report
+from moestro_services.upcycling.bench import MODEL, Measured, full_scale, measure, on_all_seeds, report
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-SMALL = Scale(
-    load_lifecycle(CONFIG),
+SMALL = replace(
+    full_scale(),
     seed_steps=40,
     branch_steps=12,
     tune_steps=12,
@@ -51,7 +50,7 @@ def test_random_seeds_differ(measured: Measured) -> None:
 
 def test_equal_flops_are_equal(measured: Measured) -> None:
     for name in EQUAL_FLOPS:
-        for outcome, published in zip(measured.table[name], measured.table["BTX as published"], strict=True):
+        for outcome, published in zip(measured.table[name], measured.table[rivals.PUBLISHED], strict=True):
             assert outcome.flops == pytest.approx(published.flops, rel=STEP), name
 
 
@@ -72,7 +71,7 @@ def test_a_second_run_trains_nothing(measured: Measured, capsys: pytest.CaptureF
 
 def test_specialisation_compares_routing_by_layer(measured: Measured) -> None:
     found = on_all_seeds(SMALL, (0,), specialisation.models)
-    layers = 4
+    layers = MODEL.num_hidden_layers
     assert all(len(routing[0].distances) == layers for routing in found.values())
     assert found[rivals.RECIPE][0].share > 1
     assert len(specialisation.report(found)["rows"]) == len(found)
@@ -81,7 +80,9 @@ def test_specialisation_compares_routing_by_layer(measured: Measured) -> None:
 def test_losses_are_compared_on_one_mixture(measured: Measured) -> None:
     found = on_all_seeds(SMALL, (0,), losses.runs)
     assert found.keys() == losses.SOFTMAX.keys() | losses.BIASED.keys()
-    assert len(losses.report(found)["rows"]) == len(found)
+    costs = losses.costs(SMALL, found)
+    assert all(seconds > 0 for seconds in costs.values())
+    assert len(losses.report(found, costs)["rows"]) == len(found)
 
 
 def test_the_shorter_list_judges_by_the_best_branch_of_each_domain(measured: Measured) -> None:

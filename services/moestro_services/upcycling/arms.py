@@ -139,8 +139,8 @@ class Arms:
             for name, text in self.corpora.items()
         }
 
-    def training(self, **budget: float) -> TrainingConfig:
-        """How everything is trained that continues from the seed."""
+    def training(self, *, rate: float = 1.0, **budget: float) -> TrainingConfig:
+        """How everything is trained that continues from the seed, at `rate` times the scale's learning rate."""
         scale = self.scale
         return TrainingConfig(
             **budget,
@@ -148,17 +148,20 @@ class Arms:
             sequence_length=scale.sequence_length,
             dtype="bfloat16",
             seed=self.lab.seed,
-            optimizer=OptimizerConfig(learning_rate=scale.learning_rate, warmup_steps=min(10, scale.branch_steps)),
+            optimizer=OptimizerConfig(
+                learning_rate=rate * scale.learning_rate, warmup_steps=min(10, int(budget.get("steps", 10)))
+            ),
         )
 
-    def branches(self, trainable: Trainable) -> dict[str, Artifact]:
-        """One copy of the seed per domain, trained on it alone."""
-        training = self.training(steps=self.scale.branch_steps)
+    def branches(self, trainable: Trainable, *, part: float = 1.0, rate: float = 1.0) -> dict[str, Artifact]:
+        """One copy of the seed per domain, trained on it alone, for `part` of the scale's steps at `rate` times its
+        learning rate."""
+        training = self.training(steps=math.ceil(part * self.scale.branch_steps), rate=rate)
         return {
             name: self.lab.run(
                 "branch",
                 BranchConfig(domain=name, training=training, trainable=trainable),
-                f"{name}, {trainable}",
+                f"{name}, {trainable}, {training.steps} steps",
                 seed=self.seed,
                 tokens=tokens,
             )

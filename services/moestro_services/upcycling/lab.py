@@ -34,6 +34,8 @@ class Workshop:
         self._lock = threading.Lock()
         self.stop = threading.Event()
         """Ends what is running; set by the first failure, or by whoever waits no longer."""
+        self.failure: BaseException | None = None
+        """The first one; what it stopped failed because of it."""
 
     def run(self, name: str, stage: str, config: Config, inputs: Mapping[str, Any]) -> Artifact:
         """The artifact, on one core of the cluster. Raises what the stage raises."""
@@ -47,6 +49,8 @@ class Workshop:
         try:
             future.set_result(self._run(name, Step(stage, config, inputs)))
         except BaseException as error:
+            with self._lock:
+                self.failure = self.failure or error
             self.stop.set()
             future.set_exception(error)
             raise

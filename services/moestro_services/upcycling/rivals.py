@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,34 +18,54 @@ SEED, DENSE, DENSE_CLOCK, SPARSE = (
     "dense, equal wall clock",
     "sparse upcycling, equal FLOPs",
 )
-RECIPE, UNTRAINED = "Moestro's recipe", "FFN-only branches, centroid router, untrained"
+PUBLISHED, RECIPE, UNTRAINED = "BTX as published", "Moestro's recipe", "FFN-only branches, centroid router, untrained"
 BEST_BRANCH = "best single branch"
 CLOCK_ROUNDING = 10
 """Steps of dense training are rounded up to so many, so that a run again asks for the same."""
 RANDOM: dict[str, Any] = {"type": "random"}
 CENTROID: dict[str, Any] = {"type": "centroid"}
+WIDE_CENTROID = CENTROID | {"spread": 5.0}
 
 
 def _rest(**method: Any) -> dict[str, dict[str, Any]]:
     return dict.fromkeys(("attention", "norms", "embeddings"), method)
 
 
-PUBLISHED = _rest(type="mean", include_seed=True)
+MEAN = _rest(type="mean", include_seed=True)
 """Branch-Train-MiX (arXiv 2403.07816): the mean of all models, the seed among them."""
-MIXES: dict[str, tuple[Trainable, dict[str, Any]]] = {
-    "BTX as published": ("all", {"rest": PUBLISHED, "router": RANDOM}),
-    "BTX, TIES": ("all", {"rest": _rest(type="ties"), "router": RANDOM}),
-    "BTX, DARE": ("all", {"rest": _rest(type="dare"), "router": RANDOM}),
-    "BTX, centroid router": ("all", {"rest": PUBLISHED, "router": CENTROID}),
-    "BTX, ERC router": ("all", {"rest": PUBLISHED, "router": {"type": "erc"}}),
-    "BTX, FFN-only branches": ("ffn", {"router": RANDOM}),
-    "DivMoE's slices": (
-        "all",
-        {"rest": PUBLISHED, "router": RANDOM, "experts": {"type": "divmoe"}, "num_experts_per_tok": 4},
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How branches are trained, mixed and tuned."""
+
+    trainable: Trainable
+    """Which weights of the branches train."""
+    mix: Mapping[str, Any]
+    """Fields of `mix`."""
+    part: float = 1.0
+    """Share of the scale's branch steps; what is left over goes into tuning."""
+    rate: float = 1.0
+    """Of the branches, by the scale's learning rate."""
+
+    def branches(self, arms: Arms) -> dict[str, Artifact]:
+        """By domain."""
+        return arms.branches(self.trainable, part=self.part, rate=self.rate)
+
+
+MIXES: dict[str, Recipe] = {
+    PUBLISHED: Recipe("all", {"rest": MEAN, "router": RANDOM}),
+    "BTX, TIES": Recipe("all", {"rest": _rest(type="ties"), "router": RANDOM}),
+    "BTX, DARE": Recipe("all", {"rest": _rest(type="dare"), "router": RANDOM}),
+    "BTX, centroid router": Recipe("all", {"rest": MEAN, "router": CENTROID}),
+    "BTX, ERC router": Recipe("all", {"rest": MEAN, "router": {"type": "erc"}}),
+    "BTX, FFN-only branches": Recipe("ffn", {"router": RANDOM}),
+    "BTX, FFN-only branches, centroid router": Recipe("ffn", {"router": WIDE_CENTROID}),
+    "DivMoE's slices": Recipe(
+        "all", {"rest": MEAN, "router": RANDOM, "experts": {"type": "divmoe"}, "num_experts_per_tok": 4}
     ),
-    RECIPE: ("ffn", {"router": CENTROID | {"spread": 3.0}}),
+    RECIPE: Recipe("ffn", {"router": WIDE_CENTROID}, part=1 / 12, rate=6.0),
 }
-"""Which weights of the branches train, and how they are mixed."""
 
 
 def rivals(arms: Arms) -> dict[str, Callable[[], Outcome]]:
@@ -79,11 +100,12 @@ def sparse_tuned(arms: Arms) -> Artifact:
 
 
 def _published(arms: Arms) -> tuple[Outcome, Artifact]:
-    name = "BTX as published"
-    trainable, fields = MIXES[name]
-    branches = arms.branches(trainable)
-    tuned = arms.tune(name, arms.mix(name, branches, **fields), arms.training(steps=arms.scale.tune_steps))
-    return arms.outcome(name, tuned, *branches.values(), tuned), tuned
+    recipe = MIXES[PUBLISHED]
+    branches = recipe.branches(arms)
+    tuned = arms.tune(
+        PUBLISHED, arms.mix(PUBLISHED, branches, **recipe.mix), arms.training(steps=arms.scale.tune_steps)
+    )
+    return arms.outcome(PUBLISHED, tuned, *branches.values(), tuned), tuned
 
 
 def _mixed(arms: Arms, name: str) -> Outcome:
@@ -91,12 +113,12 @@ def _mixed(arms: Arms, name: str) -> Outcome:
 
 
 def _tuned(arms: Arms, name: str) -> tuple[Outcome, Artifact]:
-    if name == "BTX as published":
+    if name == PUBLISHED:
         return _published(arms)
-    trainable, fields = MIXES[name]
-    branches = arms.branches(trainable)
+    recipe = MIXES[name]
+    branches = recipe.branches(arms)
     spent = sum(branch.record.result["flops"] for branch in branches.values())
-    tuned = arms.tune(name, arms.mix(name, branches, **fields), arms.training(flops=budget(arms) - spent))
+    tuned = arms.tune(name, arms.mix(name, branches, **recipe.mix), arms.training(flops=budget(arms) - spent))
     return arms.outcome(name, tuned, *branches.values(), tuned), tuned
 
 

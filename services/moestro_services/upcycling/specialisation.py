@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moestro.artifacts import Artifact
-from moestro.config import GlobalBatchLoss, ProfileConfig, RoutingLossConfig, SwitchLoss, load_lifecycle
+from moestro.config import GlobalBatchLoss, ProfileConfig, RoutingLossConfig, SwitchLoss
 from moestro.models.files import read_origins
 from moestro_flows.home import Home
-from moestro_services.upcycling.arms import Arms, Scale
-from moestro_services.upcycling.bench import CONFIG, SEEDS, on_all_seeds
+from moestro_services.upcycling.arms import Arms
+from moestro_services.upcycling.bench import SEEDS, full_scale, on_all_seeds
 from moestro_services.upcycling.drawing import draw_layers
 from moestro_services.upcycling.rivals import MIXES, RECIPE, SPARSE, recipe_tuned, sparse_tuned
 from moestro_services.upcycling.statistics import Interval, ratios
@@ -49,7 +49,7 @@ class Routing:
 
 def bench() -> dict[str, Any]:
     """Trains what `moestro bench upcycling` has not trained yet; draws `bench/specialisation.svg` in the home."""
-    found = on_all_seeds(Scale(load_lifecycle(CONFIG)), SEEDS, models)
+    found = on_all_seeds(full_scale(), SEEDS, models)
     picture = Home.current().path / "bench" / "specialisation.svg"
     draw_layers(
         {name: ([one.shares for one in rows], [one.distances for one in rows]) for name, rows in found.items()}, picture
@@ -69,8 +69,8 @@ def models(arms: Arms) -> dict[str, Callable[[], Routing]]:
 
 def _balanced(arms: Arms, what: str, loss: RoutingLossConfig) -> Artifact:
     """The recipe's mixture, tuned on micro-batches of one sequence, hence of one domain."""
-    trainable, fields = MIXES[RECIPE]
-    model = arms.mix(RECIPE, arms.branches(trainable), **fields)
+    recipe = MIXES[RECIPE]
+    model = arms.mix(RECIPE, recipe.branches(arms), **recipe.mix)
     training = arms.training(steps=arms.scale.tune_steps).model_copy(update={"accumulation": arms.scale.batch_size})
     return arms.tune(what, model, training, losses=(loss,))
 
