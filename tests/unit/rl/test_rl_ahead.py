@@ -1,0 +1,121 @@
+"""When the engine is asked: as early as staleness allows, beside the trainer where it can, and the same either way."""
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moestro.config import Correction, RlConfig, TaskConfig
+from moestro.data.tasks import Task
+from moestro.data.tokenizer import train_bpe
+from moestro.errors import InputError, LostWorkerError
+from moestro.inference.engine import Completion, EngineConfig
+from moestro.rl.ahead import Ahead
+from moestro.rl.curriculum import build_curriculum
+from moestro.rl.engine import TenaciousEngine
+from moestro.rl.records import find_record, read_record
+from moestro.rl.rewards import Judge
+from moestro.rl.sampling import Sampler
+
+TASK = TaskConfig(name="chain_sum", arguments={"max_terms": 2, "max_digits": 1})
+STEPS = 4
+
+
+@dataclass
+class FakeEngine:
+    """Answers every prompt with its seed's last digits; waits for `go` before it does. No model is involved."""
+
+    concurrent: bool = True
+    go: threading.Event = field(default_factory=threading.Event)
+    asked: list[int] = field(default_factory=list)
+    dies: int = 0
+
+    def generate(self, prompts, sampling):
+        assert self.go.wait(30)
+        if self.dies:
+            self.dies -= 1
+            raise LostWorkerError("The rollout engine died.")
+        self.asked.append(sampling.seed)
+        answer = Completion([1 + sampling.seed % 7], np.zeros(1, np.float32), None, "stop")
+        return [[answer] * sampling.n for _ in prompts]
+
+    def close(self):
+        pass
+
+
+def sampler(folder: Path, staleness: int) -> Sampler:
+    config = RlConfig(
+        task=TASK,
+        steps=STEPS,
+        prompts_per_step=2,
+        num_generations=2,
+        max_tokens=4,
+        max_staleness=staleness,
+        correction=Correction() if staleness else None,
+    )
+    tokenizer = train_bpe(["Question: 1 + 2\nAnswer: 3\n"] * 3, 288)
+    task = Task.open(TASK)
+    curriculum = build_curriculum(config, task, tokenizer, max_positions=128, vocab_size=288)
+    folder.mkdir(exist_ok=True)
+    return Sampler(config, curriculum, Judge(config.rewards, task), tokenizer, folder / "rollouts", "abc")
+
+
+def engine(fake: FakeEngine) -> TenaciousEngine:
+    return TenaciousEngine(lambda _folder, _config: fake, Path("policy"), EngineConfig())
+
+
+def versions(folder: Path) -> list[int]:
+    found = [find_record(folder / "rollouts", step + 1) for step in range(STEPS)]
+    return [read_record(path).provenance.policy_version for path in found if path]
+
+
+@pytest.mark.parametrize(("staleness", "expected"), [(0, [0, 1, 2, 3]), (1, [0, 0, 1, 2]), (2, [0, 0, 0, 1])])
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_the_policy_of_each_batch_is_as_old_as_it_should_be(tmp_path, staleness, expected, concurrent):
+    fake = FakeEngine(concurrent=concurrent)
+    fake.go.set()
+    made = sampler(tmp_path, staleness)
+    with Ahead(made, engine(fake)) as ahead:
+        for step in range(STEPS):
+            assert ahead.take(step).record.provenance.step == step + 1
+            ahead.settle()
+    assert versions(tmp_path) == expected
+    assert len(fake.asked) == len(set(fake.asked)) == STEPS
+    assert sum(sampled.tokens for sampled in ahead.finished) == STEPS * 4
+
+
+def test_the_trainer_need_not_wait_for_what_it_will_learn_later(tmp_path):
+    fake = FakeEngine()
+    fake.go.set()
+    made = sampler(tmp_path, 1)
+    with Ahead(made, engine(fake)) as ahead:
+        made.obtain(engine(fake), 0, version=0)
+        fake.go.clear()
+        first = ahead.take(0)  # returns although the engine does not answer for the second step
+        assert first.record.provenance.step == 1
+        assert versions(tmp_path) == [0]
+        fake.go.set()
+        ahead.settle()
+        assert versions(tmp_path) == [0, 0]
+
+
+def test_what_goes_wrong_beside_the_trainer_is_raised_before_weights_change(tmp_path):
+    fake = FakeEngine(dies=0)
+    fake.go.set()
+    made = sampler(tmp_path, 1)
+    made.obtain(engine(fake), 0, version=0)
+    fake.dies = 2
+    with Ahead(made, engine(fake)) as ahead:
+        ahead.take(0)
+        with pytest.raises(LostWorkerError):
+            ahead.settle()
+
+
+def test_rollouts_of_a_policy_that_is_gone_are_not_sampled_from_another(tmp_path):
+    fake = FakeEngine()
+    fake.go.set()
+    made = sampler(tmp_path, 1)
+    with pytest.raises(InputError, match=r"rollouts of rl step 3 are gone"):
+        made.obtain(engine(fake), 2, version=2)
