@@ -87,9 +87,9 @@ def budget(arms: Arms) -> float:
     return _published(arms)[0].flops
 
 
-def recipe_tuned(arms: Arms) -> Artifact:
-    """The model that Moestro's recipe ends with."""
-    return _tuned(arms, RECIPE)[1]
+def recipe_tuned(arms: Arms, **fields: Any) -> Artifact:
+    """The model that Moestro's recipe ends with, where `fields` of its tuning are as given."""
+    return _tuned(arms, RECIPE, **fields)[1]
 
 
 def sparse_tuned(arms: Arms) -> Artifact:
@@ -112,13 +112,14 @@ def _mixed(arms: Arms, name: str) -> Outcome:
     return _tuned(arms, name)[0]
 
 
-def _tuned(arms: Arms, name: str) -> tuple[Outcome, Artifact]:
+def _tuned(arms: Arms, name: str, **fields: Any) -> tuple[Outcome, Artifact]:
     if name == PUBLISHED:
         return _published(arms)
     recipe = MIXES[name]
     branches = recipe.branches(arms)
     spent = sum(branch.record.result["flops"] for branch in branches.values())
-    tuned = arms.tune(name, arms.mix(name, branches, **recipe.mix), arms.training(flops=budget(arms) - spent))
+    model, training = arms.mix(name, branches, **recipe.mix), arms.training(flops=budget(arms) - spent)
+    tuned = arms.tune(name, model, training, **fields)
     return arms.outcome(name, tuned, *branches.values(), tuned), tuned
 
 
