@@ -9,6 +9,7 @@ import pytest
 from moestro.artifacts import ArtifactStore, Record, digest_files
 from moestro.config import Config, LifecycleConfig
 from moestro.execution import Step
+from moestro.stages import STAGES
 from moestro_flows.lifecycle import walk
 from moestro_flows.plan import PlannedStep
 
@@ -28,7 +29,7 @@ def publish_all() -> Callable[[LifecycleConfig, ArtifactStore], None]:
                 (work.out / "what.txt").write_text(name)
                 record = Record(
                     stage=stage,
-                    version="1",
+                    version=STAGES[stage].version,
                     fingerprint=identity,
                     inputs=roles,
                     config=stage_config.model_dump(mode="json"),

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moestro.rl.grpo import k3_divergence
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from moestro.errors import InputError
 from moestro.inference.engine import EngineConfig, Sampling, VllmEngine
 from moestro.models.checkpoint import load_model
 from moestro.models.routing import record_routes
+from moestro.rl.divergence import k3_divergence
 from moestro.rl.probe import trainer_logprobs
 
 pytestmark = pytest.mark.slow
