@@ -92,9 +92,7 @@ def test_arms_are_trained_once_and_compared(source: Path, tmp_path: Path, monkey
     monkeypatch.setattr(training, "ARMS", {"R3": {"routing": "r3"}})
     monkeypatch.setattr(training, "MINI_STEPS", (1,))
     monkeypatch.setattr(training, "PROBLEMS", 20)
-    config = RlConfig(
-        task=TASK, steps=3, prompts_per_step=4, num_generations=4, max_tokens=6, rollout_dtype="bfloat16"
-    )
+    config = RlConfig(task=TASK, steps=3, prompts_per_step=4, num_generations=4, max_tokens=6, rollout_dtype="bfloat16")
     found = training.compare(config, source, tmp_path / "bench", seeds=(0,))
     made = sorted(path.name for path in (tmp_path / "bench").iterdir())
     assert training.compare(config, source, tmp_path / "bench", seeds=(0,)) == found
