@@ -1,5 +1,6 @@
 """The benches of recipes at toy size: every rival trains for real, on the budget it is said to have."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from moestro_services.upcycling import bench, losses, pretrained, rivals, specialisation
 from moestro_services.upcycling.bench import MODEL, Measured, full_scale, measure, on_all_seeds, report
+from moestro_services.upcycling.statistics import Interval
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SMALL = replace(
@@ -67,6 +69,13 @@ def test_a_second_run_trains_nothing(measured: Measured, capsys: pytest.CaptureF
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seed 0")]
     assert told
     assert all(line.endswith(": found") for line in told)
+
+
+def test_intervals_are_students_and_a_figure_that_is_none_has_none() -> None:
+    found = Interval.of([1.0, 2.0, 3.0])
+    assert (found.mean, found.half_width) == (2.0, pytest.approx(2.484, abs=1e-3))
+    assert str(Interval.of([1.5])) == "1.500"
+    assert str(Interval.of([math.nan, math.nan])) == "none"
 
 
 def test_specialisation_compares_routing_by_layer(measured: Measured) -> None:
