@@ -244,7 +244,7 @@ def test_two_workers_train_as_one_does_and_take_over_from_each_other(tmp_path: P
 
 
 def with_loss(config: RoutingLossConfig, folder: Path) -> Any:
-    """The rows of a run with one loss. In the first layer one domain alone has an expert of its own."""
+    """Rows and correction biases of a run with one loss. In the first layer one domain alone has an own expert."""
     torch.manual_seed(0)
     if config.type in ("loss_free", "bip"):
         sparse = {"n_routed_experts": 4, "moe_intermediate_size": 32, "head_dim": 8, "first_k_dense_replace": 0}
@@ -265,7 +265,8 @@ def with_loss(config: RoutingLossConfig, folder: Path) -> Any:
         train(model, uneven, training, job=job, trainable=lambda _: True, auxiliary=objective)
     except parallel.Followed:
         return None
-    return json.loads((folder / "out" / "history.json").read_text())["steps"]
+    biases = [bias_E.tolist() for name, bias_E in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    return [json.loads((folder / "out" / "history.json").read_text())["steps"], biases]
 
 
 def with_every_loss(root: str) -> object:
@@ -284,8 +285,12 @@ def test_no_loss_depends_on_the_number_of_workers(
     config: RoutingLossConfig, runs_of_two_workers: Any, tmp_path: Path
 ) -> None:
     assert {type(one) for one in EVERY_LOSS} == set(LOSSES)
-    alone, together = with_loss(config, tmp_path), runs_of_two_workers[config.type]
+    (alone, biases), (together, other_biases) = with_loss(config, tmp_path), runs_of_two_workers[config.type]
     assert len(alone) == 6
+    assert bool(biases) is (config.type in ("loss_free", "bip"))
+    for bias_E, other_E in zip(biases, other_biases, strict=True):
+        assert any(bias_E)
+        assert other_E == pytest.approx(bias_E, rel=1e-3, abs=1e-4)
     for row, other in zip(alone, together, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
         assert other == pytest.approx(row, rel=1e-3, abs=1e-5)
