@@ -12,8 +12,7 @@ from moestro_services.upcycling.statistics import Interval
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SMALL = replace(
-    full_scale(),
-    seed_steps=40,
+    full_scale(seed_steps=40),
     branch_steps=12,
     tune_steps=12,
     batch_size=16,

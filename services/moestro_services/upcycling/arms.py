@@ -43,10 +43,10 @@ class Scale:
 
     lifecycle: LifecycleConfig
     """Whose domains, tokens and seed model are taken."""
-    seed_steps: int = 1500
-    """Steps of a seed that is pre-trained here; whether it has then converged is one of the bench's bounds."""
-    branch_steps: int = 200
-    tune_steps: int = 200
+    branch_steps: int
+    """Of the published recipe; others train for a part of them."""
+    tune_steps: int
+    """Of the published recipe: what it spends with its branches is everyone's budget."""
     batch_size: int = 16
     sequence_length: int = 256
     learning_rate: float = 1e-3
@@ -126,7 +126,7 @@ class Arms:
         lifecycle = self.scale.lifecycle
         config = lifecycle.seed
         if isinstance(config, PretrainSeed):
-            training = config.training.model_copy(update={"steps": self.scale.seed_steps, "seed": self.lab.seed})
+            training = config.training.model_copy(update={"seed": self.lab.seed})
             config = config.model_copy(update={"training": training})
         return self.lab.run("seed", config, corpora={name: self.corpora[name] for name in lifecycle.seed_text()})
 

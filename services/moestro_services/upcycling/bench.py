@@ -73,13 +73,13 @@ def bench() -> dict[str, Any]:
     return report(measure(full_scale(), SEEDS))
 
 
-def full_scale() -> Scale:
-    """The quickstart's domains, and a seed that converges on them."""
+def full_scale(seed_steps: int = SEED_STEPS) -> Scale:
+    """The quickstart's domains, and a seed that converges on them in its standard number of steps."""
     lifecycle = load_lifecycle(CONFIG)
     assert isinstance(lifecycle.seed, PretrainSeed)
-    training = lifecycle.seed.training.model_copy(update={"batch_size": SEED_BATCH})
+    training = lifecycle.seed.training.model_copy(update={"steps": seed_steps, "batch_size": SEED_BATCH})
     seed = lifecycle.seed.model_copy(update={"model": MODEL, "training": training})
-    return Scale(lifecycle.model_copy(update={"seed": seed}), seed_steps=SEED_STEPS, branch_steps=600, tune_steps=600)
+    return Scale(lifecycle.model_copy(update={"seed": seed}), branch_steps=600, tune_steps=600)
 
 
 def measure(scale: Scale, seeds: Sequence[int]) -> Measured:

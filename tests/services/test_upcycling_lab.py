@@ -1,0 +1,58 @@
+"""The benches' workshop: each result is made once, and it is the first failure that is told."""
+
+from pathlib import Path
+
+import pytest
+
+from moestro.config import BuiltinSource, CorpusConfig, DomainConfig
+from moestro.errors import InputError, StoppedError
+from moestro_services.upcycling import bench
+from moestro_services.upcycling.lab import Lab, Workshop
+
+
+class FakeCluster:
+    """Runs nothing: raises what it is told to, in turn."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.asked = 0
+
+    def connect(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+    def run(self, *_: object, **__: object) -> None:
+        self.asked += 1
+        raise self.errors.pop(0)
+
+
+def corpus(name: str) -> CorpusConfig:
+    return CorpusConfig(domain=DomainConfig(name=name, source=BuiltinSource(name="docs", max_bytes=2000)))
+
+
+def test_a_stopped_stage_does_not_hide_why_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cause = InputError("The corpus is empty.")
+    cluster = FakeCluster(cause, StoppedError())
+    monkeypatch.setattr(bench, "Cluster", lambda: cluster)
+    monkeypatch.setenv("MOESTRO_HOME", str(tmp_path))
+
+    def wanted(arms: bench.Arms) -> dict[str, object]:
+        with pytest.raises(InputError):
+            arms.lab.run("corpus", corpus("first"))
+        return {"second": lambda: arms.lab.run("corpus", corpus("second"))}
+
+    with pytest.raises(InputError, match="The corpus is empty"):
+        bench.on_all_seeds(bench.full_scale(), (0,), wanted)
+    assert cluster.asked == 2
+
+
+def test_whoever_asks_again_gets_the_same_failure_without_another_run(tmp_path: Path) -> None:
+    cluster = FakeCluster(InputError("The corpus is empty."))
+    workshop = Workshop(tmp_path, cluster, lambda _: None)
+    for _ in range(2):
+        with pytest.raises(InputError):
+            Lab(workshop, 0).run("corpus", corpus("first"))
+    assert cluster.asked == 1
+    assert workshop.stop.is_set()
