@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 DEADLINE = 900.0
 
@@ -43,11 +44,17 @@ def moestro() -> Command:
 
 
 @pytest.fixture(scope="session")
-def finished(moestro: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home of a lifecycle that ran undisturbed. Tests leave its artifacts as they are."""
-    home = tmp_path_factory.mktemp("finished")
-    code, _, err = moestro.run(home, "run", str(moestro.config), "--no-ask")
-    assert code == 0, err[-4000:]
+def finished(moestro: Command, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The home of a lifecycle that ran undisturbed, one for all workers of pytest-xdist. Tests leave its artifacts as
+    they are."""
+    own = tmp_path_factory.getbasetemp()
+    home = (own if worker_id == "master" else own.parent) / "finished"
+    done = home / "done"
+    with FileLock(f"{home}.lock"):
+        if not done.exists():
+            code, _, err = moestro.run(home, "run", str(moestro.config), "--no-ask")
+            assert code == 0, err[-4000:]
+            done.touch()
     return home
 
 

@@ -213,6 +213,11 @@ class Arms:
         return Outcome(workshop.ensembles[key][top_k], *_training(tuple(branches.values())))
 
 
+def flops_of(*trained: Artifact) -> float:
+    """Model FLOPs of their training."""
+    return sum(artifact.record.result["flops"] for artifact in trained)
+
+
 def _training(trained: Sequence[Artifact]) -> tuple[float, tuple[Work, ...]]:
     """Model FLOPs and work."""
-    return sum(artifact.record.result["flops"] for artifact in trained), tuple(Work.of(item) for item in trained)
+    return flops_of(*trained), tuple(Work.of(item) for item in trained)

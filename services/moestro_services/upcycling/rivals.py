@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.artifacts import Artifact
-from moestro_services.upcycling.arms import ENSEMBLES, Arms, Outcome, Trainable
+from moestro_services.upcycling.arms import ENSEMBLES, Arms, Outcome, Trainable, flops_of
 from moestro_services.upcycling.soup import soup
 
 SEED, DENSE, DENSE_CLOCK, SPARSE = (
@@ -84,7 +84,8 @@ def rivals(arms: Arms) -> dict[str, Callable[[], Outcome]]:
 
 def budget(arms: Arms) -> float:
     """Model FLOPs that BTX as published spends: its branches, and the steps of its tuning."""
-    return _published(arms)[0].flops
+    branches, tuned = _published(arms)
+    return flops_of(*branches.values(), tuned)
 
 
 def recipe_tuned(arms: Arms, **fields: Any) -> Artifact:
@@ -99,28 +100,27 @@ def sparse_tuned(arms: Arms) -> Artifact:
     return arms.tune(SPARSE, model, arms.training(flops=budget(arms)))
 
 
-def _published(arms: Arms) -> tuple[Outcome, Artifact]:
+def _published(arms: Arms) -> tuple[dict[str, Artifact], Artifact]:
     recipe = MIXES[PUBLISHED]
     branches = recipe.branches(arms)
-    tuned = arms.tune(
-        PUBLISHED, arms.mix(PUBLISHED, branches, **recipe.mix), arms.training(steps=arms.scale.tune_steps)
-    )
-    return arms.outcome(PUBLISHED, tuned, *branches.values(), tuned), tuned
+    model, training = arms.mix(PUBLISHED, branches, **recipe.mix), arms.training(steps=arms.scale.tune_steps)
+    return branches, arms.tune(PUBLISHED, model, training)
 
 
 def _mixed(arms: Arms, name: str) -> Outcome:
-    return _tuned(arms, name)[0]
+    branches, tuned = _tuned(arms, name)
+    return arms.outcome(name, tuned, *branches.values(), tuned)
 
 
-def _tuned(arms: Arms, name: str, **fields: Any) -> tuple[Outcome, Artifact]:
+def _tuned(arms: Arms, name: str, **fields: Any) -> tuple[dict[str, Artifact], Artifact]:
+    """Branches and the tuned mix; nothing is evaluated, for other rivals wait for what this one costs."""
     if name == PUBLISHED:
         return _published(arms)
     recipe = MIXES[name]
     branches = recipe.branches(arms)
-    spent = sum(branch.record.result["flops"] for branch in branches.values())
-    model, training = arms.mix(name, branches, **recipe.mix), arms.training(flops=budget(arms) - spent)
-    tuned = arms.tune(name, model, training, **fields)
-    return arms.outcome(name, tuned, *branches.values(), tuned), tuned
+    left = budget(arms) - flops_of(*branches.values())
+    model, training = arms.mix(name, branches, **recipe.mix), arms.training(flops=left)
+    return branches, arms.tune(name, model, training, **fields)
 
 
 def _untrained(arms: Arms) -> Outcome:
