@@ -50,7 +50,7 @@ SHOWN: dict[str, tuple[tuple[str, str], ...]] = {
     "tune": (("final_loss", "loss"), ("tokens_per_second", "tokens/s")),
     "rl": (("reward_first", "reward"), ("reward_last", "to"), ("k3", "k3")),
     "compress": (("before.parameters", "parameters"), ("after.parameters", "to"), ("size_ratio", "smaller by")),
-    "evaluate": (("task_accuracy", "accuracy"),),
+    "evaluate": (("task_accuracy", "accuracy"), ("sampled_accuracy", "sampled")),
     "profile": (("dead_experts", "dead experts"),),
     "deploy": (("max_logprob_difference", "max |dlogp|"), ("routing_agreement", "routes equal")),
 }

@@ -108,7 +108,7 @@ STAGES: dict[str, Stage] = {
         per_domain=("tokens",),
     ),
     "evaluate": Stage(
-        version="1",
+        version="2",
         config=config.EvaluateConfig,
         function="moestro.evaluation:evaluate",
         inputs=("model", "tokens"),

@@ -11,7 +11,7 @@ from moestro.config import RlConfig, TaskConfig
 from moestro.data.tokenizer import train_bpe
 from moestro.models.checkpoint import save_model
 from moestro_services.replay import cost, parity, training
-from moestro_services.replay.accuracy import Share
+from moestro_services.replay.accuracy import Gain
 from moestro_services.replay.batches import sample, task_prompts
 from moestro_services.replay.drawing import draw_rewards
 from moestro_services.replay.models import write_fragile
@@ -100,20 +100,23 @@ def test_arms_are_trained_once_and_compared(source: Path, tmp_path: Path, monkey
     assert len(run.rewards) == 3
     assert not run.failed
     assert run.k3 > 0
-    shares = training.before_and_after(config, source, tmp_path / "bench")  # reads the arm's, which is the same run
+    # The same run as the arm, hence read and not trained.
+    gains = training.before_and_after(config, source, tmp_path / "bench", (0,))
     assert sorted(path.name for path in (tmp_path / "bench").iterdir()) == made
-    assert all(share.asked == 20 for share in shares)
+    assert 0 <= gains[0].sampled.before <= 1
     picture = tmp_path / "rewards.svg"
     draw_rewards({f"{arm}, {mini}": [run.rewards for run in runs] for (arm, mini), runs in found.items()}, picture)
     assert picture.read_text().startswith("<?xml")
-    assert [row[:2] for row in training.report(found, shares)["rows"]] == [["R3", 1]]
+    assert [row[:2] for row in training.report(found, gains)["rows"]] == [["R3", 1]]
 
 
 def test_a_gain_within_its_interval_is_none() -> None:
     run = training.Run([0.1, 0.2, 0.3], 0.0, failed=False)
     found = {("off", 1): [run, run]}
-    (small,) = training.report(found, (Share(300, 1000), Share(320, 1000)))["bounds"]
-    (large,) = training.report(found, (Share(300, 1000), Share(360, 1000)))["bounds"]
-    assert not small["ok"]
-    assert large["ok"]
+    right = [1.0, 0.0] * 50
+    small, large = (Gain.of(right, [1.0] * more + right[more:]) for more in (4, 40))
+    assert (small.before, small.after, large.after) == (0.5, 0.52, 0.7)
+    few, many = training.report(found, [training.Gains(small, small), training.Gains(small, large)])["bounds"]
+    assert not few["ok"]
+    assert many["ok"]
     assert training.Run([0.3, 0.3, 0.3, 0.1, 0.1, 0.1], 0.0, failed=False).collapsed

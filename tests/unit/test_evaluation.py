@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from moestro.artifacts import Artifact, Job
 from moestro.config import EvaluateConfig, TaskConfig
-from moestro.data.tasks import Task
+from moestro.data.tasks import Problem, Task
 from moestro.data.tokenizer import answer_stop_ids, encode, load_tokenizer, train_bpe
 from moestro.errors import InputError
-from moestro.evaluation import evaluate, greedy_answers, held_out_loss
+from moestro.evaluation import evaluate, greedy_answers, held_out_loss, sampled_accuracy
 from moestro.models.checkpoint import load_model, save_model
 
 TASK = TaskConfig(name="chain_sum", arguments={"max_terms": 3, "max_digits": 2})
@@ -110,6 +110,28 @@ def test_batched_answers_equal_decoding_one_by_one(tmp_path: Path, moe: bool) ->
         assert answer.score == task.score(problem, expected)
 
 
+def test_sampled_answers_are_as_likely_as_the_model_says(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path).path
+    model, tokenizer, task = load_model(path), load_tokenizer(path), Task.open(TASK)
+    (problem,) = task.problems(1, split="held_out", seed=0)
+    ids = encode(tokenizer, [problem.prompt])[0]
+    with torch.no_grad():
+        first_V = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(first_V))]
+    expected = sum(float(share) for text, share in zip(texts, first_V, strict=True) if text.strip()[:1].isalpha())
+
+    class Letters:
+        def score(self, _problem: Problem, completion: str) -> float:
+            return float(completion.strip()[:1].isalpha())
+
+    samples = 400
+    before = torch.random.get_rng_state()
+    (found,) = sampled_accuracy(model, tokenizer, Letters(), [problem], 1, samples=samples, seed=0)  # type: ignore[arg-type]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert 0.1 < expected < 0.9
+    assert found == pytest.approx(expected, abs=4 * (expected * (1 - expected) / samples) ** 0.5)
+
+
 def test_stage_writes_what_it_returns(tmp_path: Path) -> None:
     model = checkpoint(tmp_path)
     generator = np.random.default_rng(0)
@@ -122,7 +144,8 @@ def test_stage_writes_what_it_returns(tmp_path: Path) -> None:
     assert result["tokens"] == {"code": 310, "math": 310}
     mean = sum(result["held_out_loss"].values()) / 2
     assert result["geometric_mean_perplexity"] == pytest.approx(math.exp(mean))
-    assert written["task"] == {"name": "chain_sum", "problems": 10, "accuracy": result["task_accuracy"]}
+    accuracies = {"accuracy": result["task_accuracy"], "sampled_accuracy": result["sampled_accuracy"]}
+    assert written["task"] == {"name": "chain_sum", "problems": 10, **accuracies}
     assert len(written["samples"]) == 8
     assert set(written["samples"][0]) == {"prompt", "answer", "completion", "score"}
     evaluate(config, model=model, tokens=tokens, job=job(tmp_path / "b"))

@@ -133,9 +133,11 @@ class EvaluateConfig(Config):
     max_tokens: int = Field(32_768, ge=256)
     """Held-out tokens per domain."""
     task: TaskConfig | None = None
-    """A task whose greedy answers are checked for exact match."""
+    """A task whose answers are checked, greedy and sampled ones."""
     problems: int = Field(128, ge=1)
     """Problems of the task (never among the training problems)."""
+    num_samples: int = Field(4, ge=0)
+    """Answers sampled per problem at temperature 1, beside the greedy one: their accuracy is what `rl` improves."""
     max_answer_tokens: int = Field(16, ge=1)
     """Longest answer."""
 

@@ -1,4 +1,4 @@
-"""Greedy answers to a task's problems. Shapes: B sequences, S positions."""
+"""Answers to a task's problems, greedy and sampled. Shapes: B sequences, S positions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,29 @@ def greedy_answers(model: Any, tokenizer: Any, task: Task, problems: list[Proble
     Problems are batched by length, so that little is padded. Raises `InputError` if a prompt and `max_tokens`
     exceed the model's positions.
     """
+    return _answers(model, tokenizer, task, problems, max_tokens, do_sample=False)
+
+
+def sampled_accuracy(
+    model: Any, tokenizer: Any, task: Task, problems: list[Problem], max_tokens: int, *, samples: int, seed: int
+) -> list[float]:
+    """Share of right ones among `samples` answers to each problem, sampled from the model as it is (temperature 1).
+
+    Their mean is what reinforcement learning from a verified reward improves (mean@k); the greedy answer only tells
+    which answer is likeliest. Raises as `greedy_answers` does.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        rounds = [
+            _answers(model, tokenizer, task, problems, max_tokens, do_sample=True, temperature=1.0, top_k=0)
+            for _ in range(samples)
+        ]
+    return [sum(answer.correct for answer in answers) / samples for answers in zip(*rounds, strict=True)]
+
+
+def _answers(
+    model: Any, tokenizer: Any, task: Task, problems: list[Problem], max_tokens: int, **sampling: Any
+) -> list[Answer]:
     prompts = encode(tokenizer, [problem.prompt for problem in problems])
     longest = max(len(prompt) for prompt in prompts) + max_tokens
     if longest > model.config.max_position_embeddings:
@@ -42,7 +65,7 @@ def greedy_answers(model: Any, tokenizer: Any, task: Task, problems: list[Proble
             hint="Choose a task with shorter questions, or lower `evaluate.max_answer_tokens`.",
         )
     generation = GenerationConfig(
-        do_sample=False,
+        **sampling,
         max_new_tokens=max_tokens,
         eos_token_id=answer_stop_ids(tokenizer),
         pad_token_id=tokenizer.eos_token_id,

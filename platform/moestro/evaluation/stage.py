@@ -11,7 +11,7 @@ from moestro.data.packed import PackedTokens
 from moestro.data.tasks import Task
 from moestro.data.tokenizer import load_tokenizer
 from moestro.errors import InputError
-from moestro.evaluation.answers import Answer, greedy_answers
+from moestro.evaluation.answers import Answer, greedy_answers, sampled_accuracy
 from moestro.evaluation.loss import held_out_loss
 from moestro.models.checkpoint import load_model
 
@@ -21,7 +21,8 @@ SAMPLES = 8
 
 
 def evaluate(config: EvaluateConfig, *, model: Artifact, tokens: Mapping[str, Artifact], job: Job) -> dict[str, Any]:
-    """Write `evaluation.json`: held-out loss per domain (nats per token), task accuracy, a few answers.
+    """Write `evaluation.json`: held-out loss per domain (nats per token), task accuracy of greedy and of sampled
+    answers, a few answers.
 
     Works for dense and MoE checkpoints. Raises `InputError` if a domain has less than one held-out window.
     """
@@ -37,31 +38,49 @@ def evaluate(config: EvaluateConfig, *, model: Artifact, tokens: Mapping[str, Ar
         losses[name] = held_out_loss(network, windows_NS)
         counts[name] = windows_NS.shape[0] * (windows_NS.shape[1] - 1)
         job.reporter.progress(step, steps, f"{name}: {losses[name]:.3f} nats per token")
-    answers = _answers(config, network, model)
+    answers, sampled = _answers(config, network, model)
     accuracy = sum(answer.correct for answer in answers) / len(answers) if answers else None
     if accuracy is not None:
         job.reporter.progress(steps, steps, f"task accuracy {accuracy:.3f}")
-    _write(config, job, losses, answers, accuracy)
+    _write(config, job, losses, answers, {"accuracy": accuracy, "sampled_accuracy": sampled})
     return {
         "held_out_loss": losses,
         "geometric_mean_perplexity": math.exp(sum(losses.values()) / len(losses)),
         "task_accuracy": accuracy,
+        "sampled_accuracy": sampled,
         "tokens": counts,
     }
 
 
-def _answers(config: EvaluateConfig, network: Any, model: Artifact) -> list[Answer]:
+def _answers(config: EvaluateConfig, network: Any, model: Artifact) -> tuple[list[Answer], float | None]:
+    """The greedy ones, and the accuracy of sampled ones."""
     if config.task is None:
-        return []
-    task = Task.open(config.task)
+        return [], None
+    task, tokenizer = Task.open(config.task), load_tokenizer(model.path)
     problems = task.problems(config.problems, split="held_out", seed=PROBLEMS_SEED)
-    return greedy_answers(network, load_tokenizer(model.path), task, problems, config.max_answer_tokens)
+    answers = greedy_answers(network, tokenizer, task, problems, config.max_answer_tokens)
+    if not config.num_samples:
+        return answers, None
+    shares = sampled_accuracy(
+        network,
+        tokenizer,
+        task,
+        problems,
+        config.max_answer_tokens,
+        samples=config.num_samples,
+        seed=PROBLEMS_SEED,
+    )
+    return answers, sum(shares) / len(shares)
 
 
 def _write(
-    config: EvaluateConfig, job: Job, losses: dict[str, float], answers: list[Answer], accuracy: float | None
+    config: EvaluateConfig,
+    job: Job,
+    losses: dict[str, float],
+    answers: list[Answer],
+    accuracies: dict[str, float | None],
 ) -> None:
-    task = {"name": config.task.name, "problems": len(answers), "accuracy": accuracy} if config.task else None
+    task = {"name": config.task.name, "problems": len(answers), **accuracies} if config.task else None
     samples = [
         {
             "prompt": answer.problem.prompt,

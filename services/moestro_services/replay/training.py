@@ -22,7 +22,7 @@ from moestro.artifacts import fingerprint
 from moestro.config import Correction, Gspo, RlConfig
 from moestro.errors import ResourceError, TrainingError
 from moestro_flows.home import Home
-from moestro_services.replay.accuracy import Share, accuracy
+from moestro_services.replay.accuracy import Answered, Gain, answered
 from moestro_services.replay.drawing import draw_rewards
 from moestro_services.replay.models import quickstart
 from moestro_services.upcycling.statistics import Interval
@@ -40,7 +40,11 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 LAST = 3
 """Updates whose mean reward is the final one, and the first."""
-PROBLEMS = 1000
+PROBLEMS, SAMPLES = 256, 8
+"""Held-out problems, and answers sampled to each. The task has 991 of them, whose last ones are no fair sample: where
+the generator prefers divisors above 1, what is left over in the end has hardly any."""
+GAIN_SEEDS = (0, 1, 2)
+"""Random seeds of the quickstart's own rl."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,10 @@ def bench(seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
     folder = Home.current().path / "bench" / "r3-training"
     short = lifecycle.rl.model_copy(update={"rollout_dtype": "bfloat16", "steps": 12, "prompts_per_step": 16})
     found = compare(short, tuned.path, folder, seeds)
-    shares = before_and_after(lifecycle.rl, tuned.path, folder)
+    gains = before_and_after(lifecycle.rl, tuned.path, folder, GAIN_SEEDS)
     picture = folder / "rewards.svg"
     draw_rewards({f"{arm}, {mini}": [run.rewards for run in runs] for (arm, mini), runs in found.items()}, picture)
-    return report(found, shares) | {"picture": str(picture)}
+    return report(found, gains) | {"picture": str(picture)}
 
 
 def compare(config: RlConfig, model: Path, folder: Path, seeds: Sequence[int]) -> Found:
@@ -100,11 +104,27 @@ def compare(config: RlConfig, model: Path, folder: Path, seeds: Sequence[int]) -
     return {(arm, mini): [runs[arm, mini, seed] for seed in seeds] for arm in ARMS for mini in MINI_STEPS}
 
 
-def before_and_after(config: RlConfig, model: Path, folder: Path) -> tuple[Share, Share]:
-    """Accuracy on held-out problems of the tuned model, and of what the quickstart's own rl makes of it."""
-    trained = _trained(config, model, folder)
-    before, after = (accuracy(one, config.task, PROBLEMS, config.max_tokens) for one in (model, trained))
-    return before, after
+@dataclass(frozen=True)
+class Gains:
+    """What the quickstart's own rl adds to its tuned model, from one random seed."""
+
+    greedy: Gain
+    """Of the likeliest answer."""
+    sampled: Gain
+    """Of answers sampled at temperature 1, which is what is trained."""
+
+
+def before_and_after(config: RlConfig, model: Path, folder: Path, seeds: Sequence[int]) -> list[Gains]:
+    """By random seed, the accuracy on held-out problems of the tuned model and of what rl makes of it."""
+    configs = [config.model_copy(update={"seed": seed}) for seed in seeds]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        trained = list(pool.map(lambda one: _trained(one, model, folder), configs))
+
+    def ask(one: Path) -> Answered:
+        return answered(one, config.task, PROBLEMS, config.max_tokens, samples=SAMPLES)
+
+    before, *after = (ask(one) for one in (model, *trained))
+    return [Gains(Gain.of(before.greedy, one.greedy), Gain.of(before.sampled, one.sampled)) for one in after]
 
 
 def _run(config: RlConfig, model: Path, folder: Path) -> Run:
@@ -142,9 +162,8 @@ def _trained(config: RlConfig, model: Path, folder: Path) -> Path:
     return out
 
 
-def report(found: Found, shares: tuple[Share, Share]) -> dict[str, Any]:
+def report(found: Found, gains: Sequence[Gains]) -> dict[str, Any]:
     """The table, its bounds and notes."""
-    before, after = shares
     seeds = len(next(iter(found.values())))
     return {
         "title": f"One task with and without routing replay, bfloat16 rollouts, {seeds} random seeds",
@@ -163,16 +182,20 @@ def report(found: Found, shares: tuple[Share, Share]) -> dict[str, Any]:
         ],
         "bounds": [
             {
-                "what": f"accuracy after the quickstart's rl ({after}) less before ({before}), by the interval's half",
-                "value": (after.share - before.share) / max(after.joint_half_width(before), 1e-12),
-                "limit": ">= 1",
-                "ok": after.share - before.share > after.joint_half_width(before),
+                "what": f"random seed {number}: sampled accuracy after the quickstart's rl ({gain.sampled}), "
+                "gain by half its interval",
+                "value": gain.sampled.difference / max(gain.sampled.half_width, 1e-12),
+                "limit": "> 1",
+                "ok": gain.sampled.difference > gain.sampled.half_width,
             }
+            for number, gain in enumerate(gains)
         ],
         "notes": [
             f"Reward: share of right sampled answers. First and final: means over {LAST} updates; a run has collapsed "
             "if it stopped for a figure that is not finite, or ended below its beginning.",
-            f"±: half a 95% interval over random seeds (Student's t). Accuracy: greedy; {PROBLEMS} held-out problems.",
+            "±: half a 95% interval over random seeds (Student's t).",
+            f"Accuracy: {PROBLEMS} held-out problems, {SAMPLES} answers each; ± over problems, paired. The same of "
+            f"greedy answers: {'; '.join(str(gain.greedy) for gain in gains)}.",
             "GSPO's range is 0.03 to 0.04, a hundred times the paper's: so is the learning rate, and more.",
         ],
     }

@@ -84,10 +84,12 @@ def _evaluations(story: Story) -> Html:
             *(_decimals(result["held_out_loss"].get(domain), 3) for domain in domains),
             _decimals(result.get("geometric_mean_perplexity"), 2),
             _percent(result.get("task_accuracy")),
+            _percent(result.get("sampled_accuracy")),
         ]
         for name, result in results.items()
     ]
-    columns = ["checkpoint", *(f">loss {domain}" for domain in domains), ">perplexity (geometric mean)", ">task"]
+    losses = [f">loss {domain}" for domain in domains]
+    columns = ["checkpoint", *losses, ">perplexity (geometric mean)", ">task, greedy", ">task, sampled"]
     return table(columns, rows)
 
 
