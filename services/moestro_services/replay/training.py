@@ -30,7 +30,7 @@ from moestro_services.upcycling.statistics import Interval
 SEEDS = (0, 1, 2, 3, 4)
 MINI_STEPS = (1, 8)
 GSPO = Gspo(clip=0.03, clip_high=0.04)
-"""A hundred times the paper's range, for a learning rate that is two hundred times the paper's."""
+"""A hundred times the paper's range, for a learning rate that is five hundred times the paper's."""
 ARMS: dict[str, dict[str, Any]] = {
     "off": {"routing": "off"},
     "TIS": {"routing": "off", "correction": Correction()},
