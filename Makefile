@@ -15,7 +15,8 @@ test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu" $(WORKERS)
+	$(BIN)/pytest -m "not gpu and not alone" $(WORKERS)
+	$(BIN)/pytest -m "alone and not gpu"
 
 env: $(STAMP)
 
