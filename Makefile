@@ -15,8 +15,7 @@ test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu and not alone" $(WORKERS)
-	$(BIN)/pytest -m "alone and not gpu"
+	$(BIN)/pytest -m "not gpu" $(WORKERS)
 
 env: $(STAMP)
 

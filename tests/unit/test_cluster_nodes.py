@@ -25,7 +25,7 @@ from moestro.errors import ConfigError, InputError, MoestroError, ResourceError,
 from moestro.execution import Step, run_step
 from moestro_flows.home import Home
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 DEADLINE = 900.0
 SMALL, LARGE = 1, 2  # cores; the head has none
 ALONE = Resources(cpus=1)

@@ -17,8 +17,9 @@ from moestro.artifacts import Artifact, ArtifactStore, Reporter
 from moestro.cluster.board import BoardReporter, forward, start_board
 from moestro.cluster.causes import cause_of
 from moestro.cluster.claims import claimant
+from moestro.cluster.ending import end_group, end_task
 from moestro.cluster.engine import EngineHost, RemoteEngine
-from moestro.cluster.group import end_group, train_together, workers_for
+from moestro.cluster.group import train_together, workers_for
 from moestro.cluster.room import check_room
 from moestro.config import Resources
 from moestro.errors import LostWorkerError, ResourceError, StoppedError, named, noting
@@ -112,12 +113,10 @@ class Cluster:
 
     def _end(self, reference: Any, step: Step, workers: int, key: str) -> None:
         """See to it that nothing goes on with what has failed or is no longer wanted."""
-        import ray
-
         if workers > 1:
             end_group(reference, self._board, key)
         else:  # an actor's call cannot be forced: it ends with the actor, and must not be begun again then
-            ray.cancel(reference, force=not STAGES[step.stage].background)
+            end_task(reference, force=not STAGES[step.stage].background)
 
     def _follow(self, reference: Any, key: str, reporter: Reporter, stopped: Callable[[], bool]) -> Artifact:
         """Wait for the artifact while reports are passed on; raises `LostWorkerError` if Ray has given it up."""

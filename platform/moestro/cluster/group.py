@@ -18,7 +18,6 @@ from moestro.config import Resources
 from moestro.errors import LostWorkerError, MoestroError
 from moestro.execution import Step, follow_step, run_step
 
-GRACE_SECONDS = 3
 COLLECTIVE_SECONDS = 24 * 3600
 """How long a worker waits for the others: Ray knows earlier if one is lost, and worker 0 may have to write for long."""
 
@@ -62,21 +61,6 @@ def train_together(root: Path, step: Step, resources: Resources, board: Any, key
             raise _cause(error.worker_failures.values()) from None
     artifact: Artifact = result.return_value
     return artifact
-
-
-def end_group(reference: Any, board: Any, key: str) -> None:
-    """End the group held together by the task `reference`, if it has not ended, and free its cores.
-
-    Asked to, Ray Train ends it in order. Where the task is gone or does not answer, nobody else would free the cores
-    before the driver ends: Ray Train's own watchman needs the dashboard.
-    """
-    import ray
-
-    ray.cancel(reference)
-    if not ray.wait([reference], timeout=GRACE_SECONDS)[0]:
-        ray.cancel(reference, force=True)
-    for reservation in ray.get(board.take_places.remote(key)):
-        ray.util.remove_placement_group(reservation)
 
 
 def _member(config: dict[str, Any]) -> Artifact | None:
