@@ -184,7 +184,8 @@ class RlConfig(Config):
     rollout_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the rollout engine computes in."""
     refresh_tolerance: float = Field(1e-3, gt=0)
-    """Largest difference of log-probabilities between engine and trainer that a weight refresh may leave (float32)."""
+    """Largest difference of log-probabilities between engine and trainer that a weight refresh may leave, nats (float32
+    alone: in bfloat16 their k3 has to be below 0.02 nats)."""
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, schedule="constant"
     )

@@ -30,7 +30,7 @@ from moestro.rl.engine import TenaciousEngine
 from moestro.rl.history import History
 from moestro.rl.preferences import dpo
 from moestro.rl.preflight import preflight, require_alignment
-from moestro.rl.probe import pick, require_agreement, verify_refresh
+from moestro.rl.probe import Agreement, pick, require_agreement, verify_refresh
 from moestro.rl.rewards import Judge
 from moestro.rl.rollouts import Rollouts
 from moestro.rl.routing import Mode, choose
@@ -199,14 +199,15 @@ def _learn(run: _Run, learner: Learner, history: History, batch: Rollouts, step:
         prepared, compared = prepare(learner, batch)
     fresh = not config.max_staleness
     if fresh and config.rollout_dtype == "float32" and (learner.mode == "r3" or not run.moe):
-        require_agreement(compared["sampling/logp_difference/max"], config, step=number, what="in its rollouts")
+        found = Agreement(compared["sampling/logp_difference/max"], compared["r3/k3_kl"])
+        require_agreement(found, config, step=number, what="in its rollouts")
     learning_rate = float(learner.schedule.get_last_lr()[0])
     learner.model.train(config.activation_checkpointing)  # the only mode in which transformers checkpoints
     with deterministic():
-        found = update(learner, prepared, step=number)
+        updated = update(learner, prepared, step=number)
     learner.model.eval()
     history.update.add(int(batch.real_BS.sum()), time.monotonic() - started)
-    return compared | found | {"learning_rate": learning_rate}
+    return compared | updated | {"learning_rate": learning_rate}
 
 
 def _refresh(run: _Run, engine: TenaciousEngine, batch: Rollouts, number: int) -> dict[str, float]:

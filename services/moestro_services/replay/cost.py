@@ -30,7 +30,7 @@ from moestro.rl.sampling import Sampler, as_batch
 from moestro.rl.update import Learner, prepare, update
 from moestro.training.optimizer import build_optimizer
 from moestro.training.runtime import deterministic
-from moestro_kernels.timing import Timing, interleaved, ratio
+from moestro_kernels.timing import Ratio, Timing, interleaved, ratio
 from moestro_services.replay.models import quickstart
 
 ROUNDS = 11
@@ -224,10 +224,18 @@ def report(costs: Costs) -> dict[str, Any]:
         "columns": ["what", "median, s", "tokens/s", "compared"],
         "rows": [
             ["update, no replay", f"{costs.update['off'].median:.3f}", "", ""],
-            ["update, R3", f"{costs.update['r3'].median:.3f}", "", f"{replay} of its time without"],
+            ["update, R3", f"{costs.update['r3'].median:.3f}", "", f"{_quartiles(replay)} of its time without"],
             ["rollouts, bare vLLM", *_speed(costs, speeds, "bare vLLM"), ""],
-            ["rollouts, bare vLLM, capturing", *_speed(costs, speeds, "bare vLLM, capturing"), f"{capture} as fast"],
-            ["rollouts through Moestro", *_speed(costs, speeds, "through Moestro"), f"{through} of capturing's speed"],
+            [
+                "rollouts, bare vLLM, capturing",
+                *_speed(costs, speeds, "bare vLLM, capturing"),
+                f"{_quartiles(capture)} as fast",
+            ],
+            [
+                "rollouts through Moestro",
+                *_speed(costs, speeds, "through Moestro"),
+                f"{_quartiles(through)} of capturing's speed",
+            ],
             ["weight refresh", f"{costs.refresh.median:.3f}", "", f"{share:.2%} of a step"],
             ["its check", f"{costs.verify.median:.3f}", "", ""],
         ],
@@ -256,6 +264,10 @@ def report(costs: Costs) -> dict[str, Any]:
 
 def _speed(costs: Costs, speeds: dict[str, float], name: str) -> tuple[str, str]:
     return f"{costs.rollout[name].median:.3f}", f"{speeds[name]:.0f}"
+
+
+def _quartiles(found: Ratio) -> str:
+    return f"{found.median:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
 def _bound(what: str, value: float, limit: float, *, most: bool) -> dict[str, Any]:
