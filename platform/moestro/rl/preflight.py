@@ -2,7 +2,8 @@
 they by rounding alone?
 
 Routing off by one row looks like any other routing, and trains a model on another token's experts. Replayed one row
-off, it must be worse by orders of magnitude; if it is not, the rows are not what they are taken for.
+off, it must be worse by orders of magnitude; if it is not, the rows are not what they are taken for. In bfloat16
+rounding alone is as far off as a model is whose experts are alike, so there the choices themselves are compared.
 
 Shapes: B sequences, S positions, L layers, K chosen experts.
 """
@@ -21,6 +22,10 @@ from moestro.rl.rollouts import Rollouts
 SEQUENCES = 64
 MIN_SHIFT_FACTOR = 100.0
 """A shift by one row must raise k3 by this factor. Of trained models it does by a thousand and more."""
+MIN_MISMATCH_FACTOR = 2.0
+"""In bfloat16 a shift must at least double the share of choices that are not the trainer's."""
+ALIKE = 0.005
+"""Share of choices that may change from row to row where routing is the same for nearly all tokens."""
 ROUNDING = 1e-9
 """k3 in nats below which two passes are alike to float32's rounding."""
 
@@ -39,6 +44,8 @@ class Preflight:
     f_tau2_replayed: float | None
     router_mismatch: float
     """Share of (token, layer) pairs in which the trainer's router would have chosen another set of experts."""
+    mismatch_shifted: float | None
+    """The same of routing one row off, the better of both directions."""
 
     def figures(self) -> dict[str, float]:
         """Those that are known, by metric name."""
@@ -49,6 +56,7 @@ class Preflight:
             "preflight/f_tau2_off": self.f_tau2_off,
             "preflight/f_tau2_replayed": self.f_tau2_replayed,
             "preflight/router_mismatch": self.router_mismatch,
+            "preflight/router_mismatch_shifted": self.mismatch_shifted,
         }
         return {name: value for name, value in known.items() if value is not None}
 
@@ -61,19 +69,22 @@ def preflight(model: PreTrainedModel, rollouts: Rollouts, *, temperature: float)
     engine = some.engine_logprobs_BS[some.mask_BS]
     k3_off, f_off = k3_divergence(off, engine), extreme_fraction(off, engine)
     if some.routes_BSLK is None:
-        return Preflight(k3_off, None, None, f_off, None, 0.0)
+        return Preflight(k3_off, None, None, f_off, None, 0.0, None)
     replayed = _logprobs(model, some, temperature, Inspection(), replay=True)
-    shifted = min(
-        k3_divergence(_logprobs(model, shift(some, rows), temperature, Inspection(), replay=True), engine)
-        for rows in (1, -1)
-    )
+    one_off, mismatches = [], []
+    for rows in (1, -1):
+        off_by, unreplayed = shift(some, rows), Inspection()
+        one_off.append(k3_divergence(_logprobs(model, off_by, temperature, Inspection(), replay=True), engine))
+        _logprobs(model, off_by, temperature, unreplayed, replay=False)
+        mismatches.append(unreplayed.router_mismatch)
     return Preflight(
         k3_off,
         k3_divergence(replayed, engine),
-        shifted,
+        min(one_off),
         f_off,
         extreme_fraction(replayed, engine),
         inspection.router_mismatch,
+        min(mismatches),
     )
 
 
@@ -94,19 +105,39 @@ def _logprobs(
     return logprobs_BS[rollouts.mask_BS]
 
 
-def require_alignment(found: Preflight) -> None:
-    """Raise `TrainingError` with the figures unless replay one row off is far worse than replay as it is.
+def require_alignment(found: Preflight, *, rollout_dtype: str) -> None:
+    """Raise `TrainingError` with the figures unless routing one row off is far worse than routing as it came.
 
     A model whose routing changes nothing, such as one whose experts are all alike, passes: nothing can go wrong yet.
     """
+    problem = _misplaced(found) if rollout_dtype == "float32" else _misplaced_by_choice(found)
+    if problem:
+        raise TrainingError(
+            f"The engine's routing is not where it belongs: {problem}.",
+            hint="Its rows cannot be replayed: set rl.routing to r2 or off, or use the vLLM that Moestro is locked to.",
+        )
+
+
+def _misplaced(found: Preflight) -> str:
+    """What speaks against the rows where all but misplaced rows is float32's rounding; empty if nothing does."""
     assert found.k3_replayed is not None
     assert found.k3_shifted is not None
     without_effect = max(found.k3_shifted, found.k3_replayed, found.k3_off) <= ROUNDING
     if without_effect or found.k3_shifted >= MIN_SHIFT_FACTOR * max(found.k3_replayed, ROUNDING / MIN_SHIFT_FACTOR):
-        return
-    raise TrainingError(
-        f"The engine's routing is not where it belongs: replayed as it came, k3 is {found.k3_replayed:.3g} nats; one "
-        f"row off, {found.k3_shifted:.3g}, where at least {MIN_SHIFT_FACTOR:g} times as much is due (without replay: "
-        f"{found.k3_off:.3g}).",
-        hint="Its rows cannot be replayed: set rl.routing to r2 or off, or use the vLLM that Moestro is locked to.",
+        return ""
+    return (
+        f"replayed as it came, k3 is {found.k3_replayed:.3g} nats; one row off, {found.k3_shifted:.3g}, where at least "
+        f"{MIN_SHIFT_FACTOR:g} times as much is due (without replay: {found.k3_off:.3g})"
+    )
+
+
+def _misplaced_by_choice(found: Preflight) -> str:
+    """The same by whose experts the trainer's router would have chosen itself."""
+    assert found.mismatch_shifted is not None
+    as_came, shifted = found.router_mismatch, found.mismatch_shifted
+    if as_came <= shifted and (shifted >= MIN_MISMATCH_FACTOR * as_came or shifted <= ALIKE):
+        return ""
+    return (
+        f"{as_came:.2%} of its choices are not the trainer's as they came, {shifted:.2%} one row off, where at least "
+        f"{MIN_MISMATCH_FACTOR:g} times as many are due"
     )

@@ -177,7 +177,7 @@ def _routing(run: _Run, batch: Rollouts) -> dict[str, Any]:
     run.job.reporter.metrics(found.figures(), 0)
     wanted = config.routing
     if wanted == "r3" or (wanted == "auto" and batch.routes_BSLK is not None):
-        require_alignment(found)
+        require_alignment(found, rollout_dtype=config.rollout_dtype)
     if wanted != "auto":
         return {"mode": wanted, "reason": "configured", **found.figures()}
     choice = choose(

@@ -100,7 +100,7 @@ def measure(name: str, folder: Path, prompts: list[list[int]], dtype: Dtype, see
         recompute,
         _update_mismatch(model, batch),
         sampled.complete,
-        _refused(model, batch),
+        _refused(model, batch, dtype),
     )
 
 
@@ -139,9 +139,9 @@ def _update_mismatch(model: PreTrainedModel, batch: Rollouts) -> float:
     return float((wanted_TLK != used_TLK).any(dim=-1).double().mean())
 
 
-def _refused(model: PreTrainedModel, batch: Rollouts) -> bool:
+def _refused(model: PreTrainedModel, batch: Rollouts, dtype: Dtype) -> bool:
     try:
-        require_alignment(preflight(model, shift(batch, 1), temperature=1.0))
+        require_alignment(preflight(model, shift(batch, 1), temperature=1.0), rollout_dtype=dtype)
     except TrainingError:
         return True
     return False

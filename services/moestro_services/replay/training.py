@@ -156,7 +156,9 @@ def _trained(config: RlConfig, model: Path, folder: Path) -> Path:
         check=False,
     )
     if done.returncode:
-        said = done.stderr.strip()[-2000:]
+        said = (
+            done.stderr.strip()[-2000:] + done.stdout.strip()[-2000:]
+        )  # with --json errors are told on standard output
         kind = TrainingError if "not finite" in said else ResourceError
         raise kind(f"`moestro {' '.join(command)}` ended with code {done.returncode}:\n{said}")
     return out
