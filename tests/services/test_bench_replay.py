@@ -65,10 +65,10 @@ def test_replay_is_exact_and_a_row_off_is_refused(source: Path, tmp_path: Path) 
             replace(one, dtype=kind, model=model)
             for one in found
             for kind in ("bfloat16", "float32")
-            for model in parity.MIN_GAIN
+            for model in parity.MODELS
         ]
     )["rows"]
-    assert len(rows) == 12
+    assert len(rows) == 18
 
 
 def test_missing_rows_are_counted(source: Path) -> None:

@@ -1,12 +1,15 @@
 """Rollouts of a model by vLLM in this process, as the trainer's batch."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
+from moestro.artifacts import Artifact
 from moestro.config import TaskConfig
 from moestro.data.tasks import Task
 from moestro.data.tokenizer import encode, load_tokenizer
@@ -14,6 +17,8 @@ from moestro.inference.engine import Completion, EngineConfig, Sampling, VllmEng
 from moestro.rl.rollouts import Rollouts, collate
 
 PROMPTS, COMPLETIONS, TOKENS = 32, 4, 48
+HELD_OUT_PROMPTS, LENGTH = 96, 48
+"""Of the domains' held-out text; tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,17 @@ def task_prompts(folder: Path, task: TaskConfig, count: int) -> list[list[int]]:
     """Prompts of `count` problems as the checkpoint in `folder` reads them."""
     problems = Task.open(task).problems(count, split="train", seed=0)
     return encode(load_tokenizer(folder), [problem.prompt for problem in problems])
+
+
+def held_out_prompts(tokens: Sequence[Artifact], count: int) -> list[list[int]]:
+    """`count` stretches of held-out text, as many from each of `tokens` as from the others, evenly spread."""
+    each, found = count // len(tokens), list[list[int]]()
+    for one in tokens:
+        text_T = np.load(one.path / "held_out.npy", mmap_mode="r")
+        found += [text_T[start : start + LENGTH].tolist() for start in range(0, len(text_T), len(text_T) // each)][
+            :each
+        ]
+    return found
 
 
 def sample(

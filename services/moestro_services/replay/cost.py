@@ -61,7 +61,7 @@ class Costs:
 
 def bench(rounds: int = ROUNDS) -> dict[str, Any]:
     """Some minutes, on two cores that should be idle."""
-    lifecycle, tuned = quickstart()
+    lifecycle, tuned, _ = quickstart()
     assert isinstance(lifecycle.rl, RlConfig)
     with tempfile.TemporaryDirectory() as name:
         return report(measure(lifecycle.rl, tuned.path, Path(name), rounds))

@@ -18,8 +18,9 @@ EXPERTS, CHOSEN = 32, 4
 MEASURING = ("evaluate", "profile")
 
 
-def quickstart() -> tuple[LifecycleConfig, Artifact]:
-    """The quickstart's config, and its model as tuning leaves it: found in the home (`make demo`), or made."""
+def quickstart() -> tuple[LifecycleConfig, Artifact, list[Artifact]]:
+    """The quickstart's config, its model as tuning leaves it, and its domains' tokens: found in the home (`make demo`),
+    or made."""
     lifecycle = load_lifecycle(CONFIG)
     store, made = Home.current().store, dict[str, Artifact]()
 
@@ -29,7 +30,7 @@ def quickstart() -> tuple[LifecycleConfig, Artifact]:
         return made.get(name)
 
     walk(lifecycle.model_copy(update={"rl": None, "compress": None, "deploy": None}), run)
-    return lifecycle, made["tune"]
+    return lifecycle, made["tune"], [one for name, one in made.items() if name.startswith("tokens ")]
 
 
 def write_fragile(folder: Path, tokenizer: Path, *, seed: int) -> None:

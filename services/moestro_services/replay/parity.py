@@ -1,8 +1,9 @@
 """`moestro bench r3-parity`: does the trainer use the very experts that the engine used, and what does it change?
 
 vLLM and the trainer compute the same rollouts, both in bfloat16, and as a control in float32: with the trainer's own
-routing, with the engine's replayed, and with the engine's one row off. On the quickstart's model and on one whose
-routing rounding often changes, with three random seeds each (of sampling; of the fragile model's weights too).
+routing, with the engine's replayed, and with the engine's one row off. On the quickstart's model, going on with text
+of all its domains and with its task, and on one whose routing rounding often changes, with three random seeds each (of
+sampling; of the fragile model's weights too).
 """
 
 import tempfile
@@ -23,12 +24,13 @@ from moestro.rl.preflight import preflight, require_alignment, shift
 from moestro.rl.rollouts import Rollouts
 from moestro.rl.update import Learner, accumulate, prepare
 from moestro.training.optimizer import build_optimizer
-from moestro_services.replay.batches import PROMPTS, sample, task_prompts
+from moestro_services.replay.batches import HELD_OUT_PROMPTS, PROMPTS, held_out_prompts, sample, task_prompts
 from moestro_services.replay.models import quickstart, write_fragile
 
 SEEDS = (0, 1, 2)
 Dtype = Literal["float32", "bfloat16"]
-QUICKSTART, FRAGILE = "quickstart", "fragile"
+QUICKSTART, TASK, FRAGILE = "quickstart", "quickstart, its task", "fragile"
+MODELS = (QUICKSTART, TASK, FRAGILE)
 MIN_GAIN = {QUICKSTART: 1.5, FRAGILE: 8.0}
 """By model, how many times as far apart engine and trainer are without replay, at least."""
 MAX_FLOAT32_K3 = 1e-8
@@ -68,20 +70,23 @@ class Measured:
 
 def bench(seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
     """A few minutes, and as many more where the quickstart's model is not in the home yet."""
-    lifecycle, tuned = quickstart()
+    lifecycle, tuned, tokens = quickstart()
     assert isinstance(lifecycle.rl, RlConfig)
+    prompts = task_prompts(tuned.path, lifecycle.rl.task, PROMPTS), held_out_prompts(tokens, HELD_OUT_PROMPTS)
     with tempfile.TemporaryDirectory() as name:
-        return report(list(_all(tuned.path, lifecycle.rl.task, seeds, Path(name))))
+        return report(list(_all(tuned.path, *prompts, seeds, Path(name))))
 
 
-def _all(tuned: Path, task: TaskConfig, seeds: Sequence[int], folder: Path) -> Iterator[Measured]:
-    prompts = task_prompts(tuned, task, PROMPTS)
+def _all(
+    tuned: Path, task: list[list[int]], text: list[list[int]], seeds: Sequence[int], folder: Path
+) -> Iterator[Measured]:
     for seed in seeds:
         fragile = folder / f"fragile-{seed}"
         write_fragile(fragile, tuned, seed=seed)
         for dtype in ("bfloat16", "float32"):
-            yield measure(QUICKSTART, tuned, prompts, dtype, seed)
-            yield measure(FRAGILE, fragile, prompts, dtype, seed)
+            yield measure(QUICKSTART, tuned, text, dtype, seed)
+            yield measure(TASK, tuned, task, dtype, seed)
+            yield measure(FRAGILE, fragile, task, dtype, seed)
 
 
 def measure(name: str, folder: Path, prompts: list[list[int]], dtype: Dtype, seed: int) -> Measured:
@@ -162,13 +167,14 @@ def report(found: Sequence[Measured]) -> dict[str, Any]:
         ],
         "rows": [
             row
-            for model in (QUICKSTART, FRAGILE)
+            for model in MODELS
             for dtype in ("bfloat16", "float32")
             for row in _rows(model, dtype, [one for one in found if (one.model, one.dtype) == (model, dtype)])
         ],
         "bounds": list(_bounds(found)),
         "notes": [
-            f"{PROMPTS} prompts of the quickstart's task, 4 completions of 48 tokens each; both sides in one type.",
+            f"4 completions of 48 tokens each; both sides in one type. Prompts: {HELD_OUT_PROMPTS} stretches of "
+            f"held-out text of all the quickstart's domains; else {PROMPTS} problems of its task.",
             "k3 estimates KL(engine || trainer) per token; F(t): share of tokens whose probabilities differ by more "
             "than a factor of t.",
             "Own router differs: share of (token, layer) pairs in which the trainer alone would choose other experts.",

@@ -80,7 +80,7 @@ Found = Mapping[tuple[str, int], Sequence[Run]]
 
 def bench(seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
     """The first run trains, for about half an hour on two cores; a later one reads."""
-    lifecycle, tuned = quickstart()
+    lifecycle, tuned, _ = quickstart()
     assert isinstance(lifecycle.rl, RlConfig)
     folder = Home.current().path / "bench" / "r3-training"
     short = lifecycle.rl.model_copy(update={"rollout_dtype": "bfloat16", "steps": 12, "prompts_per_step": 16})
