@@ -124,6 +124,20 @@ def test_what_is_no_pair_is_named_by_its_line(source, pairs, tmp_path, line, wor
         run(source, pairs, tmp_path / "out")
 
 
+def test_what_is_not_utf8_is_named_by_its_line(source, pairs, tmp_path):
+    pairs.write_bytes(json.dumps(PAIRS[0]).encode() + b'\n{"prompt": "\xff"}\n')
+    with pytest.raises(InputError, match="line 2: the line: Invalid JSON"):
+        run(source, pairs, tmp_path / "out")
+
+
+def test_a_tokenizer_of_another_model_is_refused(source, pairs, tmp_path):
+    words = "calculate whether something else is larger than everything before"
+    train_bpe([words] * 3, vocab_size=400).save_pretrained(source)
+    pairs.write_text(json.dumps({"prompt": words, "chosen": " yes", "rejected": " no"}) + "\n")
+    with pytest.raises(InputError, match=r"line 1: .* writes it with token \d+, its model has only 288"):
+        run(source, pairs, tmp_path / "out")
+
+
 def test_a_file_without_pairs_is_refused(source, pairs, tmp_path):
     pairs.write_text("\n")
     with pytest.raises(InputError, match="holds no pairs"):
