@@ -39,6 +39,8 @@ class Preflight:
     f_tau2_replayed: float | None
     router_mismatch: float
     """Share of (token, layer) pairs in which the trainer's router would have chosen another set of experts."""
+    largest_difference: float
+    """Of a token's log-probability, nats; with the engine's routing replayed where it returns any."""
 
     def figures(self) -> dict[str, float]:
         """Those that are known, by metric name."""
@@ -53,20 +55,21 @@ class Preflight:
         return {name: value for name, value in known.items() if value is not None}
 
 
-def preflight(model: PreTrainedModel, rollouts: Rollouts, *, temperature: float) -> Preflight:
+def preflight(model: PreTrainedModel, rollouts: Rollouts, *, temperature: float, micro_batch_size: int) -> Preflight:
     """Measure on up to 64 sequences of `rollouts`, which were sampled with the weights of `model`."""
     some = rollouts.part(0, min(SEQUENCES, len(rollouts)))
     inspection = Inspection()
-    off = _logprobs(model, some, temperature, inspection, replay=False)
+
+    def logprobs(part: Rollouts, seen: Inspection, *, replay: bool) -> Tensor:
+        return _logprobs(model, part.micro_batches(micro_batch_size), temperature, seen, replay=replay)
+
+    off = logprobs(some, inspection, replay=False)
     engine = some.engine_logprobs_BS[some.mask_BS]
     k3_off, f_off = k3_divergence(off, engine), extreme_fraction(off, engine)
     if some.routes_BSLK is None:
-        return Preflight(k3_off, None, None, f_off, None, 0.0)
-    replayed = _logprobs(model, some, temperature, Inspection(), replay=True)
-    shifted = min(
-        k3_divergence(_logprobs(model, shift(some, rows), temperature, Inspection(), replay=True), engine)
-        for rows in (1, -1)
-    )
+        return Preflight(k3_off, None, None, f_off, None, 0.0, float((off - engine).abs().max()))
+    replayed = logprobs(some, Inspection(), replay=True)
+    shifted = min(k3_divergence(logprobs(shift(some, rows), Inspection(), replay=True), engine) for rows in (1, -1))
     return Preflight(
         k3_off,
         k3_divergence(replayed, engine),
@@ -74,6 +77,7 @@ def preflight(model: PreTrainedModel, rollouts: Rollouts, *, temperature: float)
         f_off,
         extreme_fraction(replayed, engine),
         inspection.router_mismatch,
+        float((replayed - engine).abs().max()),
     )
 
 
@@ -88,10 +92,14 @@ def shift(rollouts: Rollouts, rows: int) -> Rollouts:
 
 @torch.no_grad()
 def _logprobs(
-    model: PreTrainedModel, rollouts: Rollouts, temperature: float, inspection: Inspection, *, replay: bool
+    model: PreTrainedModel, parts: list[Rollouts], temperature: float, inspection: Inspection, *, replay: bool
 ) -> Tensor:
-    logprobs_BS, _ = inspect(model, rollouts, inspection, temperature=temperature, replay=replay)
-    return logprobs_BS[rollouts.mask_BS]
+    """Of the completions' tokens of all parts, one after another."""
+    found = []
+    for part in parts:
+        logprobs_BS, _ = inspect(model, part, inspection, temperature=temperature, replay=replay)
+        found.append(logprobs_BS[part.mask_BS])
+    return torch.cat(found)
 
 
 def require_alignment(found: Preflight) -> None:

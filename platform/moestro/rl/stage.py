@@ -164,8 +164,10 @@ def _train(run: _Run, factory: EngineFactory, history: History, done: int) -> in
             measured = _learn(run, learner, history, batch, step)
             ahead.settle()
             measured |= figures(sampled.record, run.sampler.judge.names)
+            started = time.monotonic()
             measured |= _refresh(run, engine, batch, step + 1)
-            _finish(run, history, measured, _speeds(history, ahead), step + 1)
+            speeds = _speeds(history, ahead) | {"sync/seconds": time.monotonic() - started}
+            _finish(run, history, measured, speeds, step + 1)
     return engine.restarts
 
 
@@ -173,11 +175,15 @@ def _routing(run: _Run, batch: Rollouts) -> dict[str, Any]:
     """Before the first update: the probe's figures, the mode of replay and its reason."""
     config = run.config
     with deterministic():
-        found = preflight(run.learner.model, batch, temperature=config.temperature)
+        found = preflight(
+            run.learner.model, batch, temperature=config.temperature, micro_batch_size=config.micro_batch_size
+        )
     run.job.reporter.metrics(found.figures(), 0)
     wanted = config.routing
     if wanted == "r3" or (wanted == "auto" and batch.routes_BSLK is not None):
         require_alignment(found)
+    if config.rollout_dtype == "float32" and (batch.routes_BSLK is not None or not run.moe):
+        require_agreement(found.largest_difference, config, step=1, what="before the first update")
     if wanted != "auto":
         return {"mode": wanted, "reason": "configured", **found.figures()}
     choice = choose(

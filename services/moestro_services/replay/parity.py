@@ -141,7 +141,7 @@ def _update_mismatch(model: PreTrainedModel, batch: Rollouts) -> float:
 
 def _refused(model: PreTrainedModel, batch: Rollouts) -> bool:
     try:
-        require_alignment(preflight(model, shift(batch, 1), temperature=1.0))
+        require_alignment(preflight(model, shift(batch, 1), temperature=1.0, micro_batch_size=len(batch)))
     except TrainingError:
         return True
     return False

@@ -199,13 +199,26 @@ def test_a_loss_that_is_not_finite_names_the_step_and_changes_nothing(model):
 
 @pytest.mark.parametrize("rows", [1, -1])
 def test_routing_one_row_off_is_seen_before_the_first_update(model, rows):
-    good = preflight(model, sampled(model), temperature=1.0)
+    good = preflight(model, sampled(model), temperature=1.0, micro_batch_size=64)
     require_alignment(good)
     assert good.k3_shifted > 100 * max(good.k3_replayed, 1e-12)
-    bad = preflight(model, shift(sampled(model), rows), temperature=1.0)
+    bad = preflight(model, shift(sampled(model), rows), temperature=1.0, micro_batch_size=64)
     assert bad.k3_replayed > 1e-4
     with pytest.raises(TrainingError, match="not where it belongs"):
         require_alignment(bad)
+
+
+def test_the_preflight_keeps_to_micro_batches(model):
+    rollouts, seen = sampled(model), []
+    whole = preflight(model, rollouts, temperature=1.0, micro_batch_size=len(rollouts))
+    handle = model.register_forward_pre_hook(
+        lambda _module, _args, given: seen.append(len(given["input_ids"])), with_kwargs=True
+    )
+    parts = preflight(model, rollouts, temperature=1.0, micro_batch_size=2)
+    handle.remove()
+    assert max(seen) == 2
+    assert len(rollouts) > 2
+    assert parts.figures() == pytest.approx(whole.figures(), rel=1e-2, abs=1e-9)
 
 
 def test_a_model_whose_routing_changes_nothing_passes(model):
@@ -214,7 +227,7 @@ def test_a_model_whose_routing_changes_nothing_passes(model):
             for name, parameter in module.named_parameters(recurse=False):
                 if name in ("gate_up_proj", "down_proj"):
                     parameter.copy_(parameter[:1].expand_as(parameter))
-    require_alignment(preflight(model, sampled(model), temperature=1.0))
+    require_alignment(preflight(model, sampled(model), temperature=1.0, micro_batch_size=64))
 
 
 @pytest.mark.parametrize(
