@@ -23,8 +23,8 @@ from moestro.config import DpoConfig
 from moestro.data.tokenizer import encode, load_tokenizer
 from moestro.errors import InputError, TrainingError
 from moestro.inference.engine import Completion
-from moestro.models.checkpoint import is_moe, load_model, save_model
-from moestro.models.files import read_origins
+from moestro.models.checkpoint import load_model, save_model
+from moestro.models.files import known_origins
 from moestro.rl.history import NAME
 from moestro.rl.policy import policy_logprobs
 from moestro.rl.rollouts import Rollouts, collate
@@ -62,7 +62,7 @@ def dpo(config: DpoConfig, *, model: Artifact, job: Job) -> dict[str, Any]:
     positions or has tokens that the model has not, `TrainingError` if loss or gradient is not finite.
     """
     policy = load_model(model.path, dtype=torch.float32, tokenizer=True)
-    origins = read_origins(model.path) if is_moe(model.path) else None
+    origins = known_origins(model.path)
     pairs = _read(Path(config.pairs).expanduser(), load_tokenizer(model.path), policy)
     owner = fingerprint("dpo state", "1", config.identity(), {"model": model_fingerprint(policy)})
     with deterministic():

@@ -23,7 +23,7 @@ from moestro.errors import ConfigError
 from moestro.inference.engine import EngineConfig, EngineFactory
 from moestro.inference.routes import require_routing, returned_routing
 from moestro.models.checkpoint import is_moe, load_model, save_model
-from moestro.models.files import read_origins
+from moestro.models.files import known_origins
 from moestro.rl.ahead import Ahead
 from moestro.rl.curriculum import build_curriculum
 from moestro.rl.engine import TenaciousEngine
@@ -78,7 +78,7 @@ def rl(config: AnyRl, *, model: Artifact, engine: EngineFactory, job: Job) -> di
             f"rl.routing is {config.routing}, but the model is dense: there is no routing to replay.",
             hint="Set rl.routing to off.",
         )
-    origins = read_origins(model.path) if moe else None
+    origins = known_origins(model.path)
     policy = load_model(model.path, dtype=torch.float32, tokenizer=True)
     run = _prepare(config, policy, model.path, moe, job)
     saved: dict[str, Any] = {}

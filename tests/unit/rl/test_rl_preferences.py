@@ -89,6 +89,12 @@ def test_a_run_learns_which_answer_is_better(source, pairs, tmp_path):
     assert result["pairs"] == 10
 
 
+def test_a_mixture_of_experts_from_elsewhere_is_trained_too(source, pairs, tmp_path):
+    (source / "experts.json").unlink()
+    assert run(source, pairs, tmp_path / "out", epochs=1)["steps"] == 3
+    assert not (tmp_path / "out" / "experts.json").exists()
+
+
 def test_an_interrupted_run_ends_in_the_same_bytes(source, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(preferences, "CHECKPOINT_EVERY", 2)
     run(source, pairs, tmp_path / "whole")

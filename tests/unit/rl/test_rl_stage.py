@@ -313,6 +313,14 @@ def test_an_engine_that_does_not_agree_in_float32_stops_the_run_before_the_first
 
 
 @pytest.mark.slow
+def test_a_mixture_of_experts_from_elsewhere_is_trained_too(source, tmp_path):
+    stock = tmp_path / "stock"
+    shutil.copytree(source, stock, ignore=shutil.ignore_patterns("experts.json"))
+    assert run(stock, tmp_path, SilentReporter(), steps=1)["routing"] == "r3"
+    assert not (last_out(tmp_path) / "experts.json").exists()
+
+
+@pytest.mark.slow
 def test_a_dense_model_trains_without_replay(dense, tmp_path):
     reporter = KeepingReporter()
     result = run(dense, tmp_path, reporter, routing="off", steps=2)
