@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,30 @@ def test_costs_have_their_figures_and_vllms_own_reload_fails_the_check(source: P
     found = cost.report(costs)
     assert len(found["rows"]) == 7
     assert all(bound["value"] > 0 for bound in found["bounds"])
+
+
+def test_every_side_of_the_costs_samples_the_same_tokens(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[list[int]]] = []
+    bare, generate = cost.BareEngine.bare, cost.BareEngine.generate
+
+    def kept_bare(*arguments: Any) -> Any:
+        outputs: Any = bare(*arguments)
+        asked.append([list(answer.token_ids) for output in outputs for answer in output.outputs])
+        return outputs
+
+    def kept_generate(*arguments: Any) -> Any:
+        groups = generate(*arguments)
+        asked.append([answer.token_ids for group in groups for answer in group])
+        return groups
+
+    monkeypatch.setattr(cost.BareEngine, "bare", kept_bare)
+    monkeypatch.setattr(cost.BareEngine, "generate", kept_generate)
+    config = RlConfig(task=TASK, steps=1, prompts_per_step=3, num_generations=4, max_tokens=6)
+    cost.measure(config, source, tmp_path, rounds=2)
+    assert len(asked) >= 7
+    assert all(tokens == asked[0] for tokens in asked)
 
 
 def test_arms_are_trained_once_and_compared(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

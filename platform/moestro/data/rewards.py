@@ -39,6 +39,8 @@ def locate(reward: FunctionReward) -> Path:
         spec = importlib.util.find_spec(where)
     except ModuleNotFoundError as error:
         raise ConfigError(f"rl.rewards: there is no module {error.name!r}, of {where}.") from None
+    except (Exception, SystemExit) as error:  # of the package around it, or of a name that is none
+        raise ConfigError(f"rl.rewards: {where} cannot be found: {type(error).__name__}: {error}.") from error
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise ConfigError(
             f"rl.rewards: there is no module {where!r}.", hint="Give package.module:name or file.py:name."

@@ -76,6 +76,11 @@ def read_origins(folder: Path) -> list[list[str]]:
     return origins
 
 
+def known_origins(folder: Path) -> list[list[str]] | None:
+    """`read_origins`, None for a checkpoint without experts.json: one that Moestro has not mixed."""
+    return read_origins(folder) if (folder / ORIGINS).is_file() else None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, one or the index's shards; raises `InputError` for a missing one."""
     if (folder / WEIGHTS).is_file():

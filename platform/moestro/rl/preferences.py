@@ -23,8 +23,8 @@ from moestro.config import DpoConfig
 from moestro.data.tokenizer import encode, load_tokenizer
 from moestro.errors import InputError, TrainingError
 from moestro.inference.engine import Completion
-from moestro.models.checkpoint import is_moe, load_model, save_model
-from moestro.models.files import read_origins
+from moestro.models.checkpoint import load_model, save_model
+from moestro.models.files import known_origins
 from moestro.rl.history import NAME
 from moestro.rl.policy import policy_logprobs
 from moestro.rl.rollouts import Rollouts, collate
@@ -59,10 +59,10 @@ def dpo(config: DpoConfig, *, model: Artifact, job: Job) -> dict[str, Any]:
     """Train `model` on the pairs of `config.pairs`; write the checkpoint into `job.out`.
 
     Raises `InputError` naming the line for a file that does not hold pairs, or a pair that is longer than the model's
-    positions, `TrainingError` if loss or gradient is not finite.
+    positions or has tokens that the model has not, `TrainingError` if loss or gradient is not finite.
     """
     policy = load_model(model.path, dtype=torch.float32, tokenizer=True)
-    origins = read_origins(model.path) if is_moe(model.path) else None
+    origins = known_origins(model.path)
     pairs = _read(Path(config.pairs).expanduser(), load_tokenizer(model.path), policy)
     owner = fingerprint("dpo state", "1", config.identity(), {"model": model_fingerprint(policy)})
     with deterministic():
@@ -105,7 +105,7 @@ def preference_loss(policy_P2: Tensor, reference_P2: Tensor, beta: float) -> tup
 
 def _read(path: Path, tokenizer: Any, model: PreTrainedModel) -> list[_Tokens]:
     pairs = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
@@ -117,16 +117,26 @@ def _read(path: Path, tokenizer: Any, model: PreTrainedModel) -> list[_Tokens]:
                         f"{path}, line {number}: {where}: {first['msg']}.",
                         hint='Each line is {"prompt": ..., "chosen": ..., "rejected": ...}.',
                     ) from None
-                longest = len(pairs[-1].prompt) + max(map(len, pairs[-1].answers))
-                if longest > model.config.max_position_embeddings:
-                    raise InputError(
-                        f"{path}, line {number}: {longest} tokens, the model has "
-                        f"{model.config.max_position_embeddings} positions.",
-                        hint="Shorten it or leave it out.",
-                    )
+                _check(pairs[-1], model, where=f"{path}, line {number}")
     if not pairs:
         raise InputError(f"{path} holds no pairs.")
     return pairs
+
+
+def _check(pair: _Tokens, model: PreTrainedModel, *, where: str) -> None:
+    longest = len(pair.prompt) + max(map(len, pair.answers))
+    if longest > model.config.max_position_embeddings:
+        raise InputError(
+            f"{where}: {longest} tokens, the model has {model.config.max_position_embeddings} positions.",
+            hint="Shorten it or leave it out.",
+        )
+    largest = max(max(ids) for ids in (pair.prompt, *pair.answers))
+    if largest >= model.config.vocab_size:
+        raise InputError(
+            f"{where}: the checkpoint's tokenizer writes it with token {largest}, its model has only "
+            f"{model.config.vocab_size}.",
+            hint="The tokenizer is another model's: put the model's own beside its weights.",
+        )
 
 
 def _tokens(pair: Pair, tokenizer: Any) -> _Tokens:

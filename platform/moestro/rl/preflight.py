@@ -26,6 +26,8 @@ MIN_MISMATCH_FACTOR = 2.0
 """In bfloat16 a shift must at least double the share of choices that are not the trainer's."""
 ALIKE = 0.005
 """Share of choices that may change from row to row where routing is the same for nearly all tokens."""
+DISAGREEMENT = 1e-4
+"""k3 in nats above which two passes in float32 are of two models."""
 ROUNDING = 1e-9
 """k3 in nats below which two passes are alike to float32's rounding."""
 
@@ -46,6 +48,8 @@ class Preflight:
     """Share of (token, layer) pairs in which the trainer's router would have chosen another set of experts."""
     mismatch_shifted: float | None
     """The same of routing one row off, the better of both directions."""
+    largest_difference: float
+    """Of a token's log-probability, nats; with the engine's routing replayed where it returns any."""
 
     def figures(self) -> dict[str, float]:
         """Those that are known, by metric name."""
@@ -61,21 +65,25 @@ class Preflight:
         return {name: value for name, value in known.items() if value is not None}
 
 
-def preflight(model: PreTrainedModel, rollouts: Rollouts, *, temperature: float) -> Preflight:
+def preflight(model: PreTrainedModel, rollouts: Rollouts, *, temperature: float, micro_batch_size: int) -> Preflight:
     """Measure on up to 64 sequences of `rollouts`, which were sampled with the weights of `model`."""
     some = rollouts.part(0, min(SEQUENCES, len(rollouts)))
     inspection = Inspection()
-    off = _logprobs(model, some, temperature, inspection, replay=False)
+
+    def logprobs(part: Rollouts, seen: Inspection, *, replay: bool) -> Tensor:
+        return _logprobs(model, part.micro_batches(micro_batch_size), temperature, seen, replay=replay)
+
+    off = logprobs(some, inspection, replay=False)
     engine = some.engine_logprobs_BS[some.mask_BS]
     k3_off, f_off = k3_divergence(off, engine), extreme_fraction(off, engine)
     if some.routes_BSLK is None:
-        return Preflight(k3_off, None, None, f_off, None, 0.0, None)
-    replayed = _logprobs(model, some, temperature, Inspection(), replay=True)
+        return Preflight(k3_off, None, None, f_off, None, 0.0, None, float((off - engine).abs().max()))
+    replayed = logprobs(some, Inspection(), replay=True)
     one_off, mismatches = [], []
     for rows in (1, -1):
         off_by, unreplayed = shift(some, rows), Inspection()
-        one_off.append(k3_divergence(_logprobs(model, off_by, temperature, Inspection(), replay=True), engine))
-        _logprobs(model, off_by, temperature, unreplayed, replay=False)
+        one_off.append(k3_divergence(logprobs(off_by, Inspection(), replay=True), engine))
+        logprobs(off_by, unreplayed, replay=False)
         mismatches.append(unreplayed.router_mismatch)
     return Preflight(
         k3_off,
@@ -85,6 +93,7 @@ def preflight(model: PreTrainedModel, rollouts: Rollouts, *, temperature: float)
         extreme_fraction(replayed, engine),
         inspection.router_mismatch,
         min(mismatches),
+        float((replayed - engine).abs().max()),
     )
 
 
@@ -99,10 +108,14 @@ def shift(rollouts: Rollouts, rows: int) -> Rollouts:
 
 @torch.no_grad()
 def _logprobs(
-    model: PreTrainedModel, rollouts: Rollouts, temperature: float, inspection: Inspection, *, replay: bool
+    model: PreTrainedModel, parts: list[Rollouts], temperature: float, inspection: Inspection, *, replay: bool
 ) -> Tensor:
-    logprobs_BS, _ = inspect(model, rollouts, inspection, temperature=temperature, replay=replay)
-    return logprobs_BS[rollouts.mask_BS]
+    """Of the completions' tokens of all parts, one after another."""
+    found = []
+    for part in parts:
+        logprobs_BS, _ = inspect(model, part, inspection, temperature=temperature, replay=replay)
+        found.append(logprobs_BS[part.mask_BS])
+    return torch.cat(found)
 
 
 def require_alignment(found: Preflight, *, rollout_dtype: str) -> None:
@@ -110,6 +123,12 @@ def require_alignment(found: Preflight, *, rollout_dtype: str) -> None:
 
     A model whose routing changes nothing, such as one whose experts are all alike, passes: nothing can go wrong yet.
     """
+    if rollout_dtype == "float32" and found.k3_off > DISAGREEMENT:
+        raise TrainingError(
+            f"Rollout engine and trainer compute different models: with their own routing, k3 is {found.k3_off:.3g} "
+            "nats in float32.",
+            hint="vLLM does not compute this architecture as transformers does; tell the authors of either.",
+        )
     problem = _misplaced(found) if rollout_dtype == "float32" else _misplaced_by_choice(found)
     if problem:
         raise TrainingError(

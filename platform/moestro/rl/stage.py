@@ -23,7 +23,7 @@ from moestro.errors import ConfigError
 from moestro.inference.engine import EngineConfig, EngineFactory
 from moestro.inference.routes import require_routing, returned_routing
 from moestro.models.checkpoint import is_moe, load_model, save_model
-from moestro.models.files import read_origins
+from moestro.models.files import known_origins
 from moestro.rl.ahead import Ahead
 from moestro.rl.curriculum import build_curriculum
 from moestro.rl.engine import TenaciousEngine
@@ -78,7 +78,7 @@ def rl(config: AnyRl, *, model: Artifact, engine: EngineFactory, job: Job) -> di
             f"rl.routing is {config.routing}, but the model is dense: there is no routing to replay.",
             hint="Set rl.routing to off.",
         )
-    origins = read_origins(model.path) if moe else None
+    origins = known_origins(model.path)
     policy = load_model(model.path, dtype=torch.float32, tokenizer=True)
     run = _prepare(config, policy, model.path, moe, job)
     saved: dict[str, Any] = {}
@@ -164,8 +164,10 @@ def _train(run: _Run, factory: EngineFactory, history: History, done: int) -> in
             measured = _learn(run, learner, history, batch, step)
             ahead.settle()
             measured |= figures(sampled.record, run.sampler.judge.names)
+            started = time.monotonic()
             measured |= _refresh(run, engine, batch, step + 1)
-            _finish(run, history, measured, _speeds(history, ahead), step + 1)
+            speeds = _speeds(history, ahead) | {"sync/seconds": time.monotonic() - started}
+            _finish(run, history, measured, speeds, step + 1)
     return engine.restarts
 
 
@@ -173,11 +175,16 @@ def _routing(run: _Run, batch: Rollouts) -> dict[str, Any]:
     """Before the first update: the probe's figures, the mode of replay and its reason."""
     config = run.config
     with deterministic():
-        found = preflight(run.learner.model, batch, temperature=config.temperature)
+        found = preflight(
+            run.learner.model, batch, temperature=config.temperature, micro_batch_size=config.micro_batch_size
+        )
     run.job.reporter.metrics(found.figures(), 0)
     wanted = config.routing
     if wanted == "r3" or (wanted == "auto" and batch.routes_BSLK is not None):
         require_alignment(found, rollout_dtype=config.rollout_dtype)
+    if config.rollout_dtype == "float32" and (batch.routes_BSLK is not None or not run.moe):
+        told = Agreement(found.largest_difference, found.k3_off)
+        require_agreement(told, config, step=1, what="before the first update")
     if wanted != "auto":
         return {"mode": wanted, "reason": "configured", **found.figures()}
     choice = choose(

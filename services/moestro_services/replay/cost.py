@@ -22,7 +22,7 @@ from moestro.data.tokenizer import load_tokenizer
 from moestro.inference.engine import EngineConfig, Sampling, VllmEngine
 from moestro.inference.routes import require_routing
 from moestro.models.checkpoint import load_model, save_model
-from moestro.rl.curriculum import build_curriculum
+from moestro.rl.curriculum import build_curriculum, derived_seed
 from moestro.rl.probe import agreement, pick
 from moestro.rl.rewards import Judge
 from moestro.rl.rollouts import Rollouts
@@ -109,7 +109,7 @@ class BareEngine(VllmEngine):
     """An engine that can also be used as one would use vLLM alone."""
 
     def bare(self, prompts: list[list[int]], sampling: Sampling) -> object:
-        """vLLM's `generate`, and nothing of what comes out is looked at."""
+        """vLLM's `generate` from the same random seed, so that as many tokens come out; none of them is looked at."""
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -122,6 +122,7 @@ class BareEngine(VllmEngine):
             detokenize=False,
         )
         self._llm.reset_prefix_cache()
+        self._llm.collective_rpc("seed_sampling", args=(sampling.seed,))
         return self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
 
     def stock_reload(self, folder: Path) -> None:
@@ -140,7 +141,7 @@ def _rollouts(sampler: Sampler, capturing: BareEngine, plain: BareEngine) -> dic
         n=config.num_generations,
         max_tokens=config.max_tokens,
         temperature=config.temperature,
-        seed=0,
+        seed=derived_seed(config.seed, 0, "sampling"),
         stop_token_ids=sampler.curriculum.stop_token_ids,
     )
 

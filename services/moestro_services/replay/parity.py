@@ -146,7 +146,8 @@ def _update_mismatch(model: PreTrainedModel, batch: Rollouts) -> float:
 
 def _refused(model: PreTrainedModel, batch: Rollouts, dtype: Dtype) -> bool:
     try:
-        require_alignment(preflight(model, shift(batch, 1), temperature=1.0), rollout_dtype=dtype)
+        found = preflight(model, shift(batch, 1), temperature=1.0, micro_batch_size=len(batch))
+        require_alignment(found, rollout_dtype=dtype)
     except TrainingError:
         return True
     return False

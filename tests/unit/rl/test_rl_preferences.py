@@ -89,6 +89,12 @@ def test_a_run_learns_which_answer_is_better(source, pairs, tmp_path):
     assert result["pairs"] == 10
 
 
+def test_a_mixture_of_experts_from_elsewhere_is_trained_too(source, pairs, tmp_path):
+    (source / "experts.json").unlink()
+    assert run(source, pairs, tmp_path / "out", epochs=1)["steps"] == 3
+    assert not (tmp_path / "out" / "experts.json").exists()
+
+
 def test_an_interrupted_run_ends_in_the_same_bytes(source, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(preferences, "CHECKPOINT_EVERY", 2)
     run(source, pairs, tmp_path / "whole")
@@ -121,6 +127,20 @@ def test_micro_batches_do_not_change_the_first_step(source, pairs, tmp_path):
 def test_what_is_no_pair_is_named_by_its_line(source, pairs, tmp_path, line, words):
     pairs.write_text(json.dumps(PAIRS[0]) + "\n" + line + "\n")
     with pytest.raises(InputError, match=words):
+        run(source, pairs, tmp_path / "out")
+
+
+def test_what_is_not_utf8_is_named_by_its_line(source, pairs, tmp_path):
+    pairs.write_bytes(json.dumps(PAIRS[0]).encode() + b'\n{"prompt": "\xff"}\n')
+    with pytest.raises(InputError, match="line 2: the line: Invalid JSON"):
+        run(source, pairs, tmp_path / "out")
+
+
+def test_a_tokenizer_of_another_model_is_refused(source, pairs, tmp_path):
+    words = "calculate whether something else is larger than everything before"
+    train_bpe([words] * 3, vocab_size=400).save_pretrained(source)
+    pairs.write_text(json.dumps({"prompt": words, "chosen": " yes", "rejected": " no"}) + "\n")
+    with pytest.raises(InputError, match=r"line 1: .* writes it with token \d+, its model has only 288"):
         run(source, pairs, tmp_path / "out")
 
 

@@ -14,6 +14,7 @@ from moestro.rl.rewards import Answered, Judge
 
 USERS = """
 import asyncio, math, threading
+import numpy, torch
 
 def length(prompts, completions, completion_ids, answer, **columns):
     assert len(prompts) == len(answer) == len(completion_ids) == len(columns["step"])
@@ -42,6 +43,33 @@ def not_a_number(completions, **columns):
 
 def words(completions, **columns):
     return ["good"] * len(completions)
+
+def forgets_to_return(**columns):
+    pass
+
+def word(completions, **columns):
+    return "x" * len(completions)
+
+def by_number(completions, **columns):
+    return dict.fromkeys(range(len(completions)), 1.0)
+
+def one_tensor(**columns):
+    return torch.tensor(1.0)
+
+def rows(completions, **columns):
+    return torch.ones(len(completions), 2)
+
+def huge(completions, **columns):
+    return [10**400] * len(completions)
+
+def beyond_float32(completions, **columns):
+    return [1e300] * len(completions)
+
+def an_array(completions, **columns):
+    return numpy.arange(len(completions))
+
+def a_tensor(completions, **columns):
+    return torch.arange(len(completions))
 
 async def never(**columns):
     await asyncio.get_running_loop().create_future()
@@ -121,11 +149,28 @@ def test_several_are_weighted_and_those_without_a_say_left_out(task, users):
         ("a_number", "a_number returned a float for 4 completions"),
         ("not_a_number", "gave completion 0 nan, which is no finite number"),
         ("words", "gave completion 0 'good', which is no finite number"),
+        ("forgets_to_return", "forgets_to_return returned nothing for 4 completions"),
+        ("word", "word returned a str for 4 completions"),
+        ("by_number", "by_number returned a dict for 4 completions"),
+        ("one_tensor", "one_tensor returned a Tensor for 4 completions"),
+        ("rows", r"gave completion 0 \[1\.0, 1\.0\], which is no finite number"),
+        ("huge", "gave completion 0 1000.*, which is no finite number"),
+        ("beyond_float32", r"gave completion 0 1e\+300, which is no finite number of float32"),
     ],
 )
 def test_what_goes_wrong_is_one_clear_error(task, users, name, words):
     with pytest.raises(InputError, match=words):
         Judge([function(users, name)], task).judge(answered(), step=3, group=4)
+
+
+@pytest.mark.parametrize("name", ["an_array", "a_tensor"])
+def test_arrays_are_lists_too(task, users, name):
+    assert Judge([function(users, name)], task).judge(answered(), step=1, group=4).total_NG.tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_function_that_raised_resumes_unless_it_is_changed(task, users):
+    with pytest.raises(InputError, match=r"again and it resumes there; with another file it begins anew"):
+        Judge([function(users, "raises")], task).judge(answered(), step=1, group=4)
 
 
 @pytest.mark.parametrize("name", ["never", "hangs"])
@@ -156,6 +201,7 @@ def test_a_module_is_found_by_name(task):
         ("nowhere.py:f", r"nowhere\.py does not exist"),
         ("no_such_package.inner:f", "no module 'no_such_package'"),
         ("json.nowhere:f", "no module 'json.nowhere'"),
+        (".relative:f", r"\.relative cannot be found: ImportError"),
     ],
 )
 def test_what_is_not_there_is_refused(task, path, words):
@@ -168,9 +214,12 @@ def test_a_function_that_is_not_in_the_file_is_refused_with_those_that_are(task,
         Judge([function(users, "lenght")], task)
 
 
-def test_a_file_that_is_no_python_is_refused(task, tmp_path):
-    (tmp_path / "broken.py").write_text("def f(:\n")
-    with pytest.raises(ConfigError, match="cannot be imported"):
+@pytest.mark.parametrize(
+    ("text", "words"), [("def f(:\n", "SyntaxError"), ("1 / 0\n", "ZeroDivisionError"), ("exit(2)\n", "SystemExit: 2")]
+)
+def test_a_file_that_cannot_be_imported_is_refused(task, tmp_path, text, words):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(ConfigError, match=f"cannot be imported: {words}"):
         Judge([FunctionReward(path=f"{tmp_path / 'broken.py'}:f")], task)
 
 

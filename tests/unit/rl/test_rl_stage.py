@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -71,6 +72,14 @@ class InterruptingReporter(SilentReporter):
             raise InterruptedRunError
 
 
+class KeepingReporter(SilentReporter):
+    def __init__(self) -> None:
+        self.kept: dict[str, float] = {}
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:  # noqa: ARG002
+        self.kept |= values
+
+
 class PrintingReporter(SilentReporter):
     def metrics(self, values: Mapping[str, float], step: int) -> None:  # noqa: ARG002
         print(step, flush=True)  # noqa: T201  (the test reads it)
@@ -88,6 +97,14 @@ class MisalignedEngine(VllmEngine):
 
     def _routes(self, routes: Any, rows: int) -> Any:
         return super()._routes(routes[[0, *range(rows - 1)]], rows)
+
+
+class MistakenEngine(VllmEngine):
+    """Gives its own tokens other log-probabilities than its weights do."""
+
+    def generate(self, *args: Any) -> Any:
+        groups = super().generate(*args)
+        return [[replace(answer, logprobs=answer.logprobs - 0.1) for answer in group] for group in groups]
 
 
 class DyingEngine(VllmEngine):
@@ -289,8 +306,26 @@ def test_misaligned_routing_stops_the_run(source, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"max_staleness": 1, "correction": Correction()}])
+def test_an_engine_that_does_not_agree_in_float32_stops_the_run_before_the_first_update(source, tmp_path, fields):
+    with pytest.raises(TrainingError, match=r"before the first update, .* differ by up to 0\.1"):
+        run(source, tmp_path, SilentReporter(), engine=MistakenEngine, routing="off", **fields)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_from_elsewhere_is_trained_too(source, tmp_path):
+    stock = tmp_path / "stock"
+    shutil.copytree(source, stock, ignore=shutil.ignore_patterns("experts.json"))
+    assert run(stock, tmp_path, SilentReporter(), steps=1)["routing"] == "r3"
+    assert not (last_out(tmp_path) / "experts.json").exists()
+
+
+@pytest.mark.slow
 def test_a_dense_model_trains_without_replay(dense, tmp_path):
-    result = run(dense, tmp_path, SilentReporter(), routing="off", steps=2)
+    reporter = KeepingReporter()
+    result = run(dense, tmp_path, reporter, routing="off", steps=2)
+    for name in ("rollout/tokens_per_second", "update/tokens_per_second", "sync/seconds"):
+        assert reporter.kept[name] > 0
     steps = json.loads((last_out(tmp_path) / "history.json").read_text())["steps"]
     assert "r3/router_mismatch" not in steps[0]
     assert result["max_refresh_difference"] <= 1e-4

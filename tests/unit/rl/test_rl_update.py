@@ -201,10 +201,10 @@ def test_a_loss_that_is_not_finite_names_the_step_and_changes_nothing(model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, -1])
 def test_routing_one_row_off_is_seen_before_the_first_update(model, rows, dtype):
-    good = preflight(model, sampled(model), temperature=1.0)
+    good = preflight(model, sampled(model), temperature=1.0, micro_batch_size=64)
     require_alignment(good, rollout_dtype=dtype)
     assert good.k3_shifted > 100 * max(good.k3_replayed, 1e-12)
-    bad = preflight(model, shift(sampled(model), rows), temperature=1.0)
+    bad = preflight(model, shift(sampled(model), rows), temperature=1.0, micro_batch_size=64)
     assert bad.k3_replayed > 1e-4
     with pytest.raises(TrainingError, match="not where it belongs"):
         require_alignment(bad, rollout_dtype=dtype)
@@ -212,12 +212,25 @@ def test_routing_one_row_off_is_seen_before_the_first_update(model, rows, dtype)
 
 def test_rounding_that_hides_a_shift_from_k3_does_not_hide_it_from_the_choices(model):
     """A quickstart of bfloat16 is as far from its engine as one row off is, or nearly."""
-    good = preflight(model, sampled(model), temperature=1.0)
+    good = preflight(model, sampled(model), temperature=1.0, micro_batch_size=64)
     rough = replace(good, k3_replayed=7e-5, k3_shifted=5e-4, router_mismatch=0.0003, mismatch_shifted=0.08)
     require_alignment(rough, rollout_dtype="bfloat16")
     with pytest.raises(TrainingError, match=r"8\.00% of its choices .* 0\.03% one row off"):
         require_alignment(replace(rough, router_mismatch=0.08, mismatch_shifted=0.0003), rollout_dtype="bfloat16")
     require_alignment(replace(rough, router_mismatch=0.0003, mismatch_shifted=0.0005), rollout_dtype="bfloat16")
+
+
+def test_the_preflight_keeps_to_micro_batches(model):
+    rollouts, seen = sampled(model), []
+    whole = preflight(model, rollouts, temperature=1.0, micro_batch_size=len(rollouts))
+    handle = model.register_forward_pre_hook(
+        lambda _module, _args, given: seen.append(len(given["input_ids"])), with_kwargs=True
+    )
+    parts = preflight(model, rollouts, temperature=1.0, micro_batch_size=2)
+    handle.remove()
+    assert max(seen) == 2
+    assert len(rollouts) > 2
+    assert parts.figures() == pytest.approx(whole.figures(), rel=1e-2, abs=1e-9)
 
 
 def test_a_model_whose_routing_changes_nothing_passes(model):
@@ -226,7 +239,14 @@ def test_a_model_whose_routing_changes_nothing_passes(model):
             for name, parameter in module.named_parameters(recurse=False):
                 if name in ("gate_up_proj", "down_proj"):
                     parameter.copy_(parameter[:1].expand_as(parameter))
-    require_alignment(preflight(model, sampled(model), temperature=1.0), rollout_dtype="float32")
+    found = preflight(model, sampled(model), temperature=1.0, micro_batch_size=64)
+    require_alignment(found, rollout_dtype="float32")
+
+
+def test_an_engine_of_another_model_is_not_told_to_have_misplaced_its_rows(model):
+    found = preflight(model, sampled(model, noise=0.3), temperature=1.0, micro_batch_size=64)
+    with pytest.raises(TrainingError, match="compute different models"):
+        require_alignment(found, rollout_dtype="float32")
 
 
 @pytest.mark.parametrize(

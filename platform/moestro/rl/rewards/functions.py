@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ def load(reward: FunctionReward) -> Callable[..., Any]:
     source = locate(reward)
     try:
         module = _from_file(source) if where.endswith(PYTHON) else importlib.import_module(where)
-    except (ImportError, SyntaxError) as error:
-        raise ConfigError(f"rl.rewards: {where} cannot be imported: {error}.") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"rl.rewards: {where} cannot be imported: {type(error).__name__}: {error}.") from error
     function = getattr(module, name, None)
     if not callable(function):
         named = ", ".join(sorted(key for key, value in vars(module).items() if inspect.isfunction(value)))
@@ -33,12 +33,12 @@ def load(reward: FunctionReward) -> Callable[..., Any]:
     return function
 
 
-def start(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float) -> Future[Sequence[Any]]:
+def start(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float) -> Future[Any]:
     """Call `function`, which may be async, in a thread of its own.
 
     A call that takes longer than `timeout` seconds is waited for no longer; an async one is cancelled then.
     """
-    found: Future[Sequence[Any]] = Future()
+    found: Future[Any] = Future()
 
     async def limited() -> Any:
         return await asyncio.wait_for(function(**arguments), timeout)

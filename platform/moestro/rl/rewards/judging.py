@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,10 @@ from moestro.errors import ConfigError, InputError
 from moestro.rl.rewards.answered import Answered
 from moestro.rl.rewards.functions import load, start
 from moestro.rl.rewards.matching import exact_match, graded, numeric, verified
+
+LARGEST = float(np.finfo(np.float32).max)
+PASSED_OVER = object()
+"""In place of the rewards of a call that failed and may."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Judge:
         """What the completions earned; `group` of them answer the same problem.
 
         Raises `InputError` naming function and step for one that raises (unless the config says to pass it over), or
-        that answers with the wrong number of rewards, or with one that is not a finite number.
+        that answers with anything but a list of as many rewards, or with one that is no finite float32.
         """
         columns: dict[str, list[Any]] = {
             "answer": [problem.answer for problem in answered.problems],
@@ -67,8 +72,8 @@ class Judge:
                 if isinstance(config, FunctionReward)
                 else function(answered)
             )
-            failures += rewards is None
-            given = [None] * len(answered) if rewards is None else rewards
+            failures += rewards is PASSED_OVER
+            given = [None] * len(answered) if rewards is PASSED_OVER else rewards
             found.append(_checked(given, len(answered), self.names[number], step))
         by_function_FNG = torch.tensor(found).reshape(len(found), -1, group)
         weights_F11 = torch.tensor([config.weight for config in self._configs])[:, None, None]
@@ -76,8 +81,8 @@ class Judge:
         total_NG = (by_function_FNG * weights_F11).nansum(dim=0)
         return Verdicts(by_function_FNG, torch.where(silent_NG, torch.nan, total_NG), failures)
 
-    def _result(self, config: FunctionReward, running: Future[Sequence[Any]], step: int) -> Sequence[Any] | None:
-        """What the function returned; None if it failed and may."""
+    def _result(self, config: FunctionReward, running: Future[Any], step: int) -> Any:
+        """What the function returned; `PASSED_OVER` if it failed and may."""
         try:
             error = running.exception(config.timeout_seconds)
         except TimeoutError as late:
@@ -85,12 +90,13 @@ class Judge:
         if error is None:
             return running.result()
         if config.on_failure == "none" and isinstance(error, Exception):
-            return None
+            return PASSED_OVER
         late_one = isinstance(error, TimeoutError)
         what = f"took more than {config.timeout_seconds:g} s" if late_one else f"raised {type(error).__name__}: {error}"
         raise InputError(
             f"rl step {step}: reward {config.path} {what}.",
-            hint="Mend it and run the same command again: it resumes there. `on_failure: none` passes such calls over.",
+            hint="Run the same command again and it resumes there; with another file it begins anew, for its contents "
+            "are identity. `on_failure: none` passes such calls over.",
         ) from error
 
 
@@ -120,21 +126,25 @@ def _arguments(answered: Answered, columns: dict[str, list[Any]]) -> dict[str, A
 
 
 def _checked(rewards: Any, count: int, name: str, step: int) -> list[float]:
-    if not isinstance(rewards, Sequence | Tensor) or isinstance(rewards, str) or len(rewards) != count:
-        said = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"a {type(rewards).__name__}"
+    given = rewards.tolist() if isinstance(rewards, np.ndarray | Tensor) else rewards
+    a_list = isinstance(given, Sequence) and not isinstance(given, str)
+    if not a_list or len(given) != count:
+        kind = "nothing" if rewards is None else f"a {type(rewards).__name__}"
+        said = f"{len(given)} rewards" if a_list else kind
         raise InputError(
             f"rl step {step}: reward {name} returned {said} for {count} completions.",
             hint="It has to return a list with a number, or None, for each completion.",
         )
     values = []
-    for position, reward in enumerate(rewards):
+    for position, reward in enumerate(given):
         try:
             value = math.nan if reward is None else float(reward)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             value = math.inf
-        if reward is not None and not math.isfinite(value):
+        if reward is not None and not abs(value) <= LARGEST:
             raise InputError(
-                f"rl step {step}: reward {name} gave completion {position} {reward!r}, which is no finite number.",
+                f"rl step {step}: reward {name} gave completion {position} {reward!r}, which is no finite number of "
+                "float32.",
                 hint="Return None for a completion that it cannot judge.",
             )
         values.append(value)
