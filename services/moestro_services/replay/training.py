@@ -6,7 +6,9 @@ home's folder `bench/r3-training`: a bench that was stopped goes on.
 """
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,11 +18,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 import yaml
 
 from moestro.artifacts import fingerprint
 from moestro.config import Correction, Gspo, RlConfig
 from moestro.errors import ResourceError, TrainingError
+from moestro.training.state import newest_checkpoint
 from moestro_flows.home import Home
 from moestro_services.replay.accuracy import Answered, Gain, answered
 from moestro_services.replay.drawing import draw_rewards
@@ -52,11 +56,17 @@ class Run:
     """What one arm did from one random seed."""
 
     rewards: list[float]
-    """Mean reward by update; those before a failure."""
+    """Mean reward by update; of a run that failed, by those before. None if the first update failed."""
     k3: float
-    """Engine against trainer before each update's optimiser steps, mean over updates, nats."""
+    """Engine against trainer before each update's optimiser steps, mean over updates, nats; NaN without any."""
     failed: bool
     """Whether training stopped for a figure that is not finite."""
+
+    @classmethod
+    def of(cls, steps: Sequence[Mapping[str, float]], *, failed: bool) -> "Run":
+        """From rows of the stage's history."""
+        k3 = fmean(row["r3/k3_kl"] for row in steps) if steps else math.nan
+        return cls([row["reward"] for row in steps], k3, failed)
 
     @property
     def first(self) -> float:
@@ -131,20 +141,31 @@ def _run(config: RlConfig, model: Path, folder: Path) -> Run:
     try:
         out = _trained(config, model, folder)
     except TrainingError:
-        return Run([0.0] * LAST, 0.0, failed=True)
-    steps = json.loads((out / "history.json").read_text())["steps"]
-    return Run([row["reward"] for row in steps], fmean(row["r3/k3_kl"] for row in steps), failed=False)
+        return Run.of(json.loads(_failure(config, model, folder).read_text())["steps"], failed=True)
+    return Run.of(json.loads((out / "history.json").read_text())["steps"], failed=False)
+
+
+def _name(config: RlConfig, model: Path) -> str:
+    return fingerprint("r3-training", "1", config.identity(), {"model": str(model.name)})[:16]
+
+
+def _failure(config: RlConfig, model: Path, folder: Path) -> Path:
+    """Where a run that failed says why, and what it did before."""
+    return folder / f"{_name(config, model)}.failed.json"
 
 
 def _trained(config: RlConfig, model: Path, folder: Path) -> Path:
     """The artifact of the rl stage on `model`, from `folder` if it is there.
 
-    Raises `TrainingError` if a figure was not finite, `ResourceError` for any other failure.
+    Raises `TrainingError` if a figure was not finite, now or when this was first tried, `ResourceError` for any other
+    failure.
     """
-    name = fingerprint("r3-training", "1", config.identity(), {"model": str(model.name)})[:16]
+    name, failure = _name(config, model), _failure(config, model, folder)
     out, yaml_file = folder / name, folder / f"{name}.yaml"
     if out.is_dir():
         return out
+    if failure.is_file():
+        raise TrainingError(json.loads(failure.read_text())["error"])
     folder.mkdir(parents=True, exist_ok=True)
     yaml_file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = ["stage", "rl", "--config", str(yaml_file), "--input", f"model={model}", "--out", str(out), "--cpus", "1"]
@@ -156,12 +177,28 @@ def _trained(config: RlConfig, model: Path, folder: Path) -> Path:
         check=False,
     )
     if done.returncode:
-        said = (
-            done.stderr.strip()[-2000:] + done.stdout.strip()[-2000:]
-        )  # with --json errors are told on standard output
-        kind = TrainingError if "not finite" in said else ResourceError
-        raise kind(f"`moestro {' '.join(command)}` ended with code {done.returncode}:\n{said}")
+        # With --json errors are told on standard output.
+        said = done.stderr.strip()[-2000:] + done.stdout.strip()[-2000:]
+        error = f"`moestro {' '.join(command)}` ended with code {done.returncode}:\n{said}"
+        if "not finite" not in said:
+            raise ResourceError(error)
+        _keep_failure(failure, error, folder / f".{name}.moestro")
+        raise TrainingError(error)
     return out
+
+
+def _keep_failure(failure: Path, error: str, store: Path) -> None:
+    """Write `failure`, with the updates that the stage had kept in `store` when it failed, and remove the store."""
+    states = [path for folder in store.glob("work/*/*/scratch/state") if (path := newest_checkpoint(folder, _any))]
+    steps = [row for path in states for row in torch.load(path, weights_only=True)["extra"]["steps"]]
+    temporary = failure.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"error": error, "steps": steps}))
+    temporary.rename(failure)
+    shutil.rmtree(store, ignore_errors=True)
+
+
+def _any(_step: int) -> bool:
+    return True
 
 
 def report(found: Found, gains: Sequence[Gains]) -> dict[str, Any]:
@@ -171,15 +208,7 @@ def report(found: Found, gains: Sequence[Gains]) -> dict[str, Any]:
         "title": f"One task with and without routing replay, bfloat16 rollouts, {seeds} random seeds",
         "columns": ["arm", "optimiser steps a batch", "first reward", "final reward", "gain", "k3, nats", "collapsed"],
         "rows": [
-            [
-                arm,
-                mini,
-                str(Interval.of([run.first for run in runs])),
-                str(Interval.of([run.final for run in runs])),
-                str(Interval.of([run.final - run.first for run in runs])),
-                f"{fmean(run.k3 for run in runs):.1e}",
-                f"{sum(run.collapsed for run in runs)} of {seeds}",
-            ]
+            [arm, mini, *_figures(runs), f"{sum(run.collapsed for run in runs)} of {seeds}"]
             for (arm, mini), runs in found.items()
         ],
         "bounds": [
@@ -194,10 +223,20 @@ def report(found: Found, gains: Sequence[Gains]) -> dict[str, Any]:
         ],
         "notes": [
             f"Reward: share of right sampled answers. First and final: means over {LAST} updates; a run has collapsed "
-            "if it stopped for a figure that is not finite, or ended below its beginning.",
+            "if it stopped for a figure that is not finite, or ended below its beginning. One that stopped counts with "
+            "the updates before; one without any is in no mean.",
             "±: half a 95% interval over random seeds (Student's t).",
             f"Accuracy: {PROBLEMS} held-out problems, {SAMPLES} answers each; ± over problems, paired. The same of "
             f"greedy answers: {'; '.join(str(gain.greedy) for gain in gains)}.",
             "GSPO's range is 0.03 to 0.04, a hundred times the paper's: so is the learning rate, and more.",
         ],
     }
+
+
+def _figures(runs: Sequence[Run]) -> list[str]:
+    """First and final reward, gain and k3 of the runs that got as far as an update."""
+    there = [run for run in runs if run.rewards]
+    if not there:
+        return ["none"] * 4
+    columns = ([run.first for run in there], [run.final for run in there], [run.final - run.first for run in there])
+    return [*(str(Interval.of(values)) for values in columns), f"{fmean(run.k3 for run in there):.1e}"]
