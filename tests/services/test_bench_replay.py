@@ -11,6 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from moestro.config import RlConfig, TaskConfig
 from moestro.data.tokenizer import train_bpe
 from moestro.models.checkpoint import save_model
+from moestro_kernels.timing import Timing
 from moestro_services.replay import cost, parity, training
 from moestro_services.replay.accuracy import Gain
 from moestro_services.replay.batches import sample, task_prompts
@@ -87,6 +88,11 @@ def test_costs_have_their_figures_and_vllms_own_reload_fails_the_check(source: P
     found = cost.report(costs)
     assert len(found["rows"]) == 7
     assert all(bound["value"] > 0 for bound in found["bounds"])
+    for number in (2, 8):
+        other = cost.report(replace(costs, bytes_per_token=number))["bounds"]
+        assert not next(bound for bound in other if "bytes" in bound["what"])["ok"]
+    slow = cost.report(replace(costs, rollout=costs.rollout | {"bare vLLM": Timing((1e-9, 1e-9))}))["bounds"]
+    assert not next(bound for bound in slow if "plain vLLM" in bound["what"])["ok"]
 
 
 def test_every_side_of_the_costs_samples_the_same_tokens(
