@@ -74,6 +74,22 @@ def a_tensor(completions, **columns):
 async def never(**columns):
     await asyncio.get_running_loop().create_future()
 
+async def own_timeout(**columns):
+    raise TimeoutError("the judge's server did not answer")
+
+def own_sync_timeout(**columns):
+    raise TimeoutError("the judge's server did not answer")
+
+class Awaited:
+    async def __call__(self, completions, **columns):
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+awaited = Awaited()
+
+def silent(completions, **columns):
+    return [None] * len(completions)
+
 def hangs(**columns):
     threading.Event().wait()
 """
@@ -183,11 +199,34 @@ def test_what_takes_too_long_is_not_waited_for(task, users, name):
 @pytest.mark.parametrize("name", ["raises", "never"])
 def test_failures_can_be_passed_over(task, users, name):
     broken = function(users, name, on_failure="none", timeout_seconds=5.0 if name == "raises" else 0.05)
-    verdicts = Judge([broken], task).judge(answered(), step=1, group=4)
-    assert verdicts.total_NG.isnan().all()
-    assert verdicts.failures == 1
     beside = Judge([broken, ExactMatchReward()], task).judge(answered(), step=1, group=4)
     assert beside.total_NG.tolist() == [[1, 1, 0, 0]]
+    assert beside.by_function_FNG[0].isnan().all()
+    assert beside.failures == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("raises", r" \(.*:raises raised ZeroDivisionError: nothing .*\)"),
+        ("never", r" \(.*took more .*\)"),
+        ("silent", ""),
+    ],
+)
+def test_a_batch_that_nobody_judges_stops_the_run(task, users, name, why):
+    broken = function(users, name, on_failure="none", timeout_seconds=0.5)
+    with pytest.raises(InputError, match=f"step 3: no reward judged any of the 4 completions{why}: there is nothing"):
+        Judge([broken], task).judge(answered(), step=3, group=4)
+
+
+@pytest.mark.parametrize("name", ["own_timeout", "own_sync_timeout"])
+def test_a_functions_own_timeout_is_not_taken_for_the_runs(task, users, name):
+    with pytest.raises(InputError, match=f"{name} raised TimeoutError: the judge's server did not answer"):
+        Judge([function(users, name)], task).judge(answered(), step=1, group=4)
+
+
+def test_an_object_whose_call_is_async_is_awaited(task, users):
+    assert Judge([function(users, "awaited")], task).judge(answered(), step=1, group=4).total_NG.tolist() == [[1] * 4]
 
 
 def test_a_module_is_found_by_name(task):

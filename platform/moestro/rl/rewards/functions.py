@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ from typing import Any
 from moestro.config import FunctionReward
 from moestro.data.rewards import PYTHON, locate
 from moestro.errors import ConfigError
+
+
+class LateError(Exception):
+    """A call took longer than it may."""
 
 
 def load(reward: FunctionReward) -> Callable[..., Any]:
@@ -34,19 +38,17 @@ def load(reward: FunctionReward) -> Callable[..., Any]:
 
 
 def start(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float) -> Future[Any]:
-    """Call `function`, which may be async, in a thread of its own.
+    """Call `function` in a thread of its own; what it returns is awaited if it can be.
 
-    A call that takes longer than `timeout` seconds is waited for no longer; an async one is cancelled then.
+    A call that takes longer than `timeout` seconds is waited for no longer; an awaited one is cancelled then and raises
+    `LateError`.
     """
     found: Future[Any] = Future()
 
-    async def limited() -> Any:
-        return await asyncio.wait_for(function(**arguments), timeout)
-
     def call() -> None:
         try:
-            is_async = inspect.iscoroutinefunction(function)
-            found.set_result(asyncio.run(limited()) if is_async else function(**arguments))
+            answer = function(**arguments)
+            found.set_result(asyncio.run(_limited(answer, timeout)) if inspect.isawaitable(answer) else answer)
         except BaseException as error:
             found.set_exception(error)
             if not isinstance(error, Exception):
@@ -54,6 +56,16 @@ def start(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: f
 
     threading.Thread(target=call, daemon=True).start()
     return found
+
+
+async def _limited(answer: Awaitable[Any], timeout: float) -> Any:
+    try:
+        async with asyncio.timeout(timeout) as limit:
+            return await answer
+    except TimeoutError as error:
+        if limit.expired():
+            raise LateError from error
+        raise  # the function's own
 
 
 def _from_file(path: Path) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,12 +18,17 @@ from moestro.config import FunctionReward, GradedReward, NumericReward, RewardCo
 from moestro.data.tasks import Task
 from moestro.errors import ConfigError, InputError
 from moestro.rl.rewards.answered import Answered
-from moestro.rl.rewards.functions import load, start
+from moestro.rl.rewards.functions import LateError, load, start
 from moestro.rl.rewards.matching import exact_match, graded, numeric, verified
 
 LARGEST = float(np.finfo(np.float32).max)
-PASSED_OVER = object()
-"""In place of the rewards of a call that failed and may."""
+
+
+@dataclass(frozen=True)
+class _PassedOver:
+    """In place of the rewards of a call that failed and may."""
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,16 @@ class Judge:
             if self.names.count(name) > 1:
                 raise ConfigError(f"rl.rewards: two of them are named {name!r}.", hint="Keep one, with another weight.")
         self._configs = tuple(configs)
+        self.may_fail = any(isinstance(config, FunctionReward) for config in configs)
+        """Whether one of them is not Moestro's own: it may raise, or take long."""
         self._functions = [_function(config, task) for config in configs]
 
     def judge(self, answered: Answered, *, step: int, group: int) -> Verdicts:
         """What the completions earned; `group` of them answer the same problem.
 
         Raises `InputError` naming function and step for one that raises (unless the config says to pass it over), or
-        that answers with anything but a list of as many rewards, or with one that is no finite float32.
+        that answers with anything but a list of as many rewards, or with one that is no finite float32; and if none
+        judges any of the completions.
         """
         columns: dict[str, list[Any]] = {
             "answer": [problem.answer for problem in answered.problems],
@@ -65,39 +73,50 @@ class Judge:
             for number, (config, function) in enumerate(zip(self._configs, self._functions, strict=True))
             if isinstance(config, FunctionReward)
         }
-        found, failures = [], 0
+        found, passed_over = [], list[str]()
         for number, (config, function) in enumerate(zip(self._configs, self._functions, strict=True)):
             rewards = (
                 self._result(config, running[number], step)
                 if isinstance(config, FunctionReward)
                 else function(answered)
             )
-            failures += rewards is PASSED_OVER
-            given = [None] * len(answered) if rewards is PASSED_OVER else rewards
-            found.append(_checked(given, len(answered), self.names[number], step))
+            if isinstance(rewards, _PassedOver):
+                passed_over.append(rewards.why)
+                rewards = [None] * len(answered)
+            found.append(_checked(rewards, len(answered), self.names[number], step))
         by_function_FNG = torch.tensor(found).reshape(len(found), -1, group)
         weights_F11 = torch.tensor([config.weight for config in self._configs])[:, None, None]
         silent_NG = by_function_FNG.isnan().all(dim=0)
+        if silent_NG.all():
+            _raise_unjudged(step, len(answered), passed_over)
         total_NG = (by_function_FNG * weights_F11).nansum(dim=0)
-        return Verdicts(by_function_FNG, torch.where(silent_NG, torch.nan, total_NG), failures)
+        return Verdicts(by_function_FNG, torch.where(silent_NG, torch.nan, total_NG), len(passed_over))
 
     def _result(self, config: FunctionReward, running: Future[Any], step: int) -> Any:
-        """What the function returned; `PASSED_OVER` if it failed and may."""
+        """What the function returned; `_PassedOver` if it failed and may."""
         try:
             error = running.exception(config.timeout_seconds)
-        except TimeoutError as late:
-            error = late
+        except TimeoutError:
+            error = LateError()
         if error is None:
             return running.result()
+        late = isinstance(error, LateError)
+        what = f"took more than {config.timeout_seconds:g} s" if late else f"raised {type(error).__name__}: {error}"
         if config.on_failure == "none" and isinstance(error, Exception):
-            return PASSED_OVER
-        late_one = isinstance(error, TimeoutError)
-        what = f"took more than {config.timeout_seconds:g} s" if late_one else f"raised {type(error).__name__}: {error}"
+            return _PassedOver(f"{config.path} {what}")
         raise InputError(
             f"rl step {step}: reward {config.path} {what}.",
             hint="Run the same command again and it resumes there; with another file it begins anew, for its contents "
             "are identity. `on_failure: none` passes such calls over.",
         ) from error
+
+
+def _raise_unjudged(step: int, count: int, passed_over: list[str]) -> NoReturn:
+    why = f" ({'; '.join(passed_over)})" if passed_over else ""
+    raise InputError(
+        f"rl step {step}: no reward judged any of the {count} completions{why}: there is nothing to learn from.",
+        hint="Run the same command again and it resumes there; or add a reward that always has a say.",
+    )
 
 
 def _name(config: RewardConfig) -> str:
