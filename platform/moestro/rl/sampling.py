@@ -4,7 +4,7 @@ Shapes: N prompts, G completions per prompt, F reward functions.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from moestro.rl.curriculum import Curriculum, derived_seed
 from moestro.rl.records import Provenance, RolloutRecord, find_record, read_record, write_record
 from moestro.rl.rewards import Answered, Judge, Verdicts
 from moestro.rl.rollouts import Rollouts, collate
+
+UNJUDGED = "unjudged"
+"""Folder beside that of the records: rollouts that users' rewards have not judged yet."""
 
 
 @dataclass(frozen=True)
@@ -50,48 +53,76 @@ class Sampler:
     def obtain(self, engine: Engine, step: int, *, version: int) -> Sampled:
         """The rollouts of `step` (from 0), from disk, or by an engine whose policy has had `version` updates.
 
-        Raises `InputError` if those on disk are damaged or not of that policy, or what a reward raises.
+        What users' rewards are asked about is kept first: if one fails, or the run dies meanwhile, it is not sampled
+        again. Raises `InputError` if rollouts on disk are damaged or not of that policy, or what a reward raises.
         """
         found = find_record(self.folder, step + 1)
         if found is not None:
-            return Sampled(read_record(found), None)
-        if version != max(0, step - self.config.max_staleness):
+            return Sampled(self._read(found, step), None)
+        kept = find_record(self._unjudged, step + 1)
+        sampled_here, started = kept is None, time.monotonic()
+        raw = self._sample(engine, step, version) if kept is None else self._read(kept, step)
+        if sampled_here and self.judge.may_fail:
+            kept = write_record(self._unjudged, raw)
+        record = replace(raw, verdicts=self._verdicts(raw, step))
+        write_record(self.folder, record)
+        if kept is not None:
+            kept.unlink()
+        return Sampled(record, time.monotonic() - started if sampled_here else None)
+
+    @property
+    def _unjudged(self) -> Path:
+        return self.folder.with_name(UNJUDGED)
+
+    def _provenance(self, step: int) -> Provenance:
+        """What the rollouts of `step` (from 0) have to come from."""
+        return Provenance(
+            step=step + 1,
+            policy_version=max(0, step - self.config.max_staleness),
+            model=self.model,
+            dtype=self.config.rollout_dtype,
+            temperature=self.config.temperature,
+            max_tokens=self.config.max_tokens,
+            seed=derived_seed(self.config.seed, step, "sampling"),
+        )
+
+    def _read(self, path: Path, step: int) -> RolloutRecord:
+        record, wanted = read_record(path), asdict(self._provenance(step))
+        other = {name: value for name, value in asdict(record.provenance).items() if value != wanted[name]}
+        if other:
+            told = ", ".join(f"{name} {value} and not {wanted[name]}" for name, value in other.items())
+            raise InputError(
+                f"{path} holds rollouts of another policy: {told}.", hint=f"Delete {self.folder.parent} to begin anew."
+            )
+        return record
+
+    def _sample(self, engine: Engine, step: int, version: int) -> RolloutRecord:
+        config, prompts, provenance = self.config, self.curriculum.prompts[step], self._provenance(step)
+        if version != provenance.policy_version:
             raise InputError(
                 f"The rollouts of rl step {step + 1} are gone, and so is the policy that sampled them.",
                 hint=f"Delete {self.folder.parent} to begin anew.",
             )
-        started = time.monotonic()
-        record = self._sample(engine, step, version)
-        write_record(self.folder, record)
-        return Sampled(record, time.monotonic() - started)
-
-    def _sample(self, engine: Engine, step: int, version: int) -> RolloutRecord:
-        config, prompts, problems = self.config, self.curriculum.prompts[step], self.curriculum.problems[step]
         sampling = Sampling(
             n=config.num_generations,
             max_tokens=config.max_tokens,
             temperature=config.temperature,
-            seed=derived_seed(config.seed, step, "sampling"),
+            seed=provenance.seed,
             stop_token_ids=self.curriculum.stop_token_ids,
         )
         groups = engine.generate(prompts, sampling)
-        ids = [answer.token_ids for group in groups for answer in group]
+        nothing_NG = torch.full((len(prompts), config.num_generations), torch.nan)
+        return RolloutRecord(prompts, groups, Verdicts(nothing_NG[None], nothing_NG, failures=0), provenance)
+
+    def _verdicts(self, raw: RolloutRecord, step: int) -> Verdicts:
+        ids = [answer.token_ids for group in raw.groups for answer in group]
+        group = self.config.num_generations
         answered = Answered(
-            problems=[problem for problem in problems for _ in range(config.num_generations)],
+            problems=[problem for problem in self.curriculum.problems[step] for _ in range(group)],
             completions=[self.tokenizer.decode(row, skip_special_tokens=True) for row in ids],
             completion_ids=ids,
         )
-        verdicts = self.judge.judge(answered, step=step + 1, group=config.num_generations)
-        provenance = Provenance(
-            step=step + 1,
-            policy_version=version,
-            model=self.model,
-            dtype=config.rollout_dtype,
-            temperature=config.temperature,
-            max_tokens=config.max_tokens,
-            seed=sampling.seed,
-        )
-        return RolloutRecord(prompts, groups, verdicts, provenance)
+        return self.judge.judge(answered, step=step + 1, group=group)
 
 
 def as_batch(config: RlConfig, record: RolloutRecord) -> Rollouts:

@@ -1,13 +1,13 @@
 """When the engine is asked: as early as staleness allows, beside the trainer where it can, and the same either way."""
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moestro.config import Correction, RlConfig, TaskConfig
+from moestro.config import Correction, FunctionReward, RlConfig, TaskConfig
 from moestro.data.tasks import Task
 from moestro.data.tokenizer import train_bpe
 from moestro.errors import InputError, LostWorkerError
@@ -45,7 +45,7 @@ class FakeEngine:
         pass
 
 
-def sampler(folder: Path, staleness: int) -> Sampler:
+def sampler(folder: Path, staleness: int, **fields) -> Sampler:
     config = RlConfig(
         task=TASK,
         steps=STEPS,
@@ -54,6 +54,7 @@ def sampler(folder: Path, staleness: int) -> Sampler:
         max_tokens=4,
         max_staleness=staleness,
         correction=Correction() if staleness else None,
+        **fields,
     )
     tokenizer = train_bpe(["Question: 1 + 2\nAnswer: 3\n"] * 3, 288)
     task = Task.open(TASK)
@@ -119,3 +120,58 @@ def test_rollouts_of_a_policy_that_is_gone_are_not_sampled_from_another(tmp_path
     made = sampler(tmp_path, 1)
     with pytest.raises(InputError, match=r"rollouts of rl step 3 are gone"):
         made.obtain(engine(fake), 2, version=2)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"model": "xyz"}, "model abc and not xyz"),
+        ({"staleness": 0}, "policy_version 0 and not 1"),
+        ({"seed": 1}, r"seed \d+ and not \d+"),
+    ],
+)
+def test_records_of_another_policy_are_refused(tmp_path, other, words):
+    fake = FakeEngine()
+    fake.go.set()
+    sampler(tmp_path, 1).obtain(engine(fake), 1, version=0)
+    changed = {"staleness": 1} | other
+    model = changed.pop("model", "abc")
+    made = replace(sampler(tmp_path, **changed), model=model)
+    with pytest.raises(InputError, match=f"holds rollouts of another policy: {words}"):
+        made.obtain(engine(fake), 1, version=1)
+
+
+REWARD = """
+from pathlib import Path
+
+def down(completions, **columns):
+    if not Path({up!r}).exists():
+        raise ConnectionError("the judge is down")
+    return [float(number) for number in range(len(completions))]
+"""
+
+
+def test_what_a_reward_failed_on_is_judged_again_and_not_sampled_again(tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD.format(up=str(tmp_path / "up")))
+    rewards = (FunctionReward(path=f"{tmp_path / 'reward.py'}:down"),)
+    fake = FakeEngine()
+    fake.go.set()
+    with pytest.raises(InputError, match="the judge is down"):
+        sampler(tmp_path / "cut", 0, rewards=rewards).obtain(engine(fake), 0, version=0)
+    assert len(fake.asked) == 1
+    (tmp_path / "up").touch()
+    resumed = sampler(tmp_path / "cut", 0, rewards=rewards).obtain(engine(fake), 0, version=0)
+    assert len(fake.asked) == 1
+    assert resumed.seconds is None
+    whole = sampler(tmp_path / "whole", 0, rewards=rewards).obtain(engine(fake), 0, version=0)
+    assert whole.seconds is not None
+    names = [find_record(tmp_path / base / "rollouts", 1).name for base in ("cut", "whole")]
+    assert names[0] == names[1]  # of which its contents' digest is part
+    assert not list((tmp_path / "cut" / "unjudged").iterdir())
+
+
+def test_what_ships_cannot_fail_and_is_not_kept_twice(tmp_path):
+    fake = FakeEngine()
+    fake.go.set()
+    sampler(tmp_path, 0).obtain(engine(fake), 0, version=0)
+    assert not (tmp_path / "unjudged").exists()
