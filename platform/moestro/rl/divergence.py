@@ -7,19 +7,23 @@ from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3"]
 EXTREME_RATIO = 2.0
+LARGEST_DIFFERENCE = 20.0
+"""Nats, either way."""
 
 
 def penalty(logprobs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
     """Estimates of KL(policy || reference) per token in nats (Schulman 2020), attached to `logprobs`.
 
-    With d = log p - log p_reference: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1.
+    With d = log p - log p_reference: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. For k3 a d beyond 20 nats counts as
+    20 and has no gradient, as in verl (`kl_penalty`, `low_var_kl`): exp(-d) would be infinite.
     """
     difference = logprobs - reference
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return difference.square() / 2
-    return torch.exp(-difference) + difference - 1
+    held = difference.clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
+    return torch.exp(-held) + held - 1
 
 
 def k3_divergence(train_logprobs: Tensor, engine_logprobs: Tensor) -> float:

@@ -122,6 +122,26 @@ def test_padding_far_off_does_not_poison_the_gradient(config):
     assert gradient[0, 1] == 0
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.type}")
+@pytest.mark.parametrize("log_ratio", [200.0, -200.0])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+def test_a_ratio_beyond_all_bounds_poisons_nothing(config, log_ratio, advantage):
+    new = torch.tensor([[log_ratio, 0.0]], requires_grad=True)
+    tokens = Tokens(new, torch.zeros(1, 2), torch.tensor([advantage]), torch.tensor([[True, True]]))
+    found, _ = loss(config, tokens)
+    (gradient,) = torch.autograd.grad(found, new)
+    assert found.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_the_k3_of_a_token_that_the_policy_no_longer_gives_is_finite():
+    policy = torch.tensor([-200.0, 0.0], requires_grad=True)
+    found = penalty(policy, torch.tensor([-1.0, -200.0]), "k3")
+    (gradient,) = torch.autograd.grad(found.sum(), policy)
+    assert found.isfinite().all()
+    assert not gradient.any()
+
+
 def test_advantages_of_one_success_among_four():
     found = advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5]]), "group")
     std = 0.5  # sample standard deviation of (1, 0, 0, 0)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGEST_LOG_RATIO = 20.0
+"""Nats, either way."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -42,8 +45,11 @@ class Surrogate:
 def clipped(log_ratio_BS: Tensor, advantages_B: Tensor, *, low: float, high: float | None) -> Surrogate:
     """-min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(log_ratio) (PPO, arXiv 1707.06347, eq. 7).
 
-    `high` None is as far above as below; log_ratio is [B, S], or [B, 1] for one ratio per sequence.
+    `high` None is as far above as below; log_ratio is [B, S], or [B, 1] for one ratio per sequence. Beyond 20 nats it
+    counts as 20 and has no gradient, as in verl (`compute_policy_loss_vanilla`): an infinite ratio without an advantage
+    would be NaN.
     """
+    log_ratio_BS = log_ratio_BS.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     ratio_BS, advantages_B1 = torch.exp(log_ratio_BS), advantages_B[:, None]
     upper = 1 + (low if high is None else high)
     free_BS = ratio_BS * advantages_B1
