@@ -58,8 +58,9 @@ class _Tokens:
 def dpo(config: DpoConfig, *, model: Artifact, job: Job) -> dict[str, Any]:
     """Train `model` on the pairs of `config.pairs`; write the checkpoint into `job.out`.
 
-    Raises `InputError` naming the line for a file that does not hold pairs, or a pair that is longer than the model's
-    positions or has tokens that the model has not, `TrainingError` if loss or gradient is not finite.
+    Raises `InputError` naming the line for a file that does not hold pairs, or a pair whose answers are the same, that
+    is longer than the model's positions or has tokens that the model has not, `TrainingError` if loss or gradient is
+    not finite.
     """
     policy = load_model(model.path, dtype=torch.float32, tokenizer=True)
     origins = known_origins(model.path)
@@ -124,6 +125,10 @@ def _read(path: Path, tokenizer: Any, model: PreTrainedModel) -> list[_Tokens]:
 
 
 def _check(pair: _Tokens, model: PreTrainedModel, *, where: str) -> None:
+    if pair.answers[0] == pair.answers[1]:
+        raise InputError(
+            f"{where}: chosen and rejected are the same answer, from which nothing can be learnt.", hint="Leave it out."
+        )
     longest = len(pair.prompt) + max(map(len, pair.answers))
     if longest > model.config.max_position_embeddings:
         raise InputError(

@@ -121,6 +121,10 @@ def test_micro_batches_do_not_change_the_first_step(source, pairs, tmp_path):
         ('{"prompt": "a", "chosen": "b"}', "line 2: rejected: Field required"),
         ('{"prompt": "a", "chosen": 1, "rejected": "c"}', "line 2: chosen: Input should be a valid string"),
         ("not json", "line 2: the line: Invalid JSON"),
+        (
+            json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}),
+            "line 2: chosen and rejected are the same answer",
+        ),
         (json.dumps({"prompt": "7" * 40, "chosen": "b", "rejected": "c"}), "line 2: 42 tokens, the model has 32"),
     ],
 )
