@@ -72,3 +72,11 @@ def test_layers_without_experts_are_left_out_of_the_rows() -> None:
         check_routes(routes_RLK, rows=5, shape=RoutingShape(3, 4, 2))
     with pytest.raises(ResourceError, match=r"shape \(5, 3, 2\) where \(6, 3, 2\)"):
         check_routes(routes_RLK, rows=6, shape=shape)
+
+
+@pytest.mark.parametrize(("expert", "kind"), [(-1, np.int16), (4, np.uint8), (300, np.uint16)])
+def test_ids_that_are_no_experts_are_refused(expert: int, kind: Any) -> None:
+    routes_RLK = np.tile(np.array([0, 1], kind), (5, 3, 1))
+    routes_RLK[2, 1, 0] = expert
+    with pytest.raises(ResourceError, match=rf"routed to expert {expert} of 4: no real capture"):
+        check_routes(routes_RLK, rows=5, shape=RoutingShape(3, 4, 2))

@@ -28,6 +28,24 @@ def routed(model: PreTrainedModel, rollouts: Rollouts, *, replay: bool) -> Itera
         yield
 
 
+@contextmanager
+def recomputing(model: PreTrainedModel, *, enabled: bool) -> Iterator[None]:
+    """With `enabled`, passes in here keep no activations but compute them again, where the model is prepared for it.
+
+    transformers does so for modules in training mode alone. Their children stay in evaluation: dropout or the router's
+    jitter would come between a policy and its own old log-probabilities.
+    """
+    layers = [one for one in model.modules() if enabled and getattr(one, "gradient_checkpointing", False)]
+    before = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training
+
+
 def completion_logits(model: PreTrainedModel, rollouts: Rollouts, *, temperature: float) -> tuple[Tensor, int]:
     """float32 logits / temperature from the first completion token on, [B, S - first, V], and `first`."""
     first = int(rollouts.mask_BS.any(dim=0).nonzero()[0])

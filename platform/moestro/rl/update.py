@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from moestro.config import RlConfig
 from moestro.errors import TrainingError
+from moestro.models.layouts import routed_experts
 from moestro.rl.correction import importance_weights
 from moestro.rl.divergence import extreme_fraction, k3_divergence, penalty
 from moestro.rl.objectives import OBJECTIVES, Tokens
-from moestro.rl.policy import Inspection, inspect, policy_logprobs, routed
+from moestro.rl.policy import Inspection, inspect, policy_logprobs, recomputing, routed
 from moestro.rl.rollouts import Rollouts
 from moestro.rl.routing import Mode
 
@@ -58,7 +59,9 @@ def prepare(learner: Learner, rollouts: Rollouts) -> tuple[Rollouts, dict[str, f
         reference_logprobs_BS=_reference(learner, rollouts),
         routes_BSLK=own if learner.mode == "r2" else rollouts.routes_BSLK,
     )
-    return known, _figures(rollouts, old_BS, inspection) | _importance_figures(known)
+    return known, _figures(
+        rollouts, old_BS, inspection, routed_experts(learner.model.config.to_dict())
+    ) | _importance_figures(known)
 
 
 def _grown(own: Tensor | None, rollouts: Rollouts, part_BSLK: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def _reference(learner: Learner, rollouts: Rollouts) -> Tensor | None:
     return reference_BS
 
 
-def _figures(rollouts: Rollouts, old_BS: Tensor, inspection: Inspection) -> dict[str, float]:
+def _figures(rollouts: Rollouts, old_BS: Tensor, inspection: Inspection, experts: int) -> dict[str, float]:
     train, engine = old_BS[rollouts.mask_BS], rollouts.engine_logprobs_BS[rollouts.mask_BS]
     difference = (train - engine).abs()
     figures = {
@@ -102,14 +105,15 @@ def _figures(rollouts: Rollouts, old_BS: Tensor, inspection: Inspection) -> dict
         figures["r3/router_mismatch"] = inspection.router_mismatch
         figures["r3/used_mismatch"] = inspection.used_mismatch
         figures["r3/rows"] = float(rollouts.real_BS.sum())
-        figures["r3/bytes_per_token"] = float(rollouts.routes_BSLK[0, 0].numel() * _bytes(rollouts.routes_BSLK))
+        figures["r3/bytes_per_token"] = float(rollouts.routes_BSLK[0, 0].numel() * _bytes(experts))
         for layer, share in enumerate(inspection.layer_mismatches()):
             figures[f"r3/router_mismatch/layer_{layer}"] = share
     return figures
 
 
-def _bytes(routes_BSLK: Tensor) -> int:
-    return 1 if int(routes_BSLK.max()) < 256 else 2
+def _bytes(experts: int) -> int:
+    """Of the type in which the engine returns ids of so many experts."""
+    return 1 if experts <= 256 else 2
 
 
 def _importance_figures(rollouts: Rollouts) -> dict[str, float]:
@@ -171,7 +175,10 @@ def accumulate(learner: Learner, mini: Rollouts, sums: _Sums | None = None) -> _
     weights_BS = objective.weights(mini.mask_BS, config.max_tokens)
     for part in mini.micro_batches(config.micro_batch_size):
         part_weights_BS = weights_BS[row : row + len(part), : part.inputs_BS.shape[1]]
-        with routed(learner.model, part, replay=learner.mode != "off"):
+        with (
+            recomputing(learner.model, enabled=config.activation_checkpointing),
+            routed(learner.model, part, replay=learner.mode != "off"),
+        ):
             loss = _loss(learner, objective.surrogate, part, part_weights_BS, sums)
             loss.backward()
         sums.loss += float(loss.detach())

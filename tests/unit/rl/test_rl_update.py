@@ -146,8 +146,25 @@ def test_activation_checkpointing_changes_no_gradient(model, mode):
     rollouts = foreign(sampled(model))
     plain = gradients(learner(model, mode), rollouts)
     model.gradient_checkpointing_enable()
-    model.train()
     again = gradients(learner(model, mode, activation_checkpointing=True), rollouts)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradient, again[name], atol=1e-7, rtol=1e-6)
+
+
+def test_activation_checkpointing_computes_again_without_dropout_or_jitter(model):
+    """Neither was in the old log-probabilities."""
+    rollouts, passes = sampled(model), []
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.mlp.jitter_noise = 0.5
+    plain = gradients(learner(model), rollouts)
+    model.gradient_checkpointing_enable()
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    again = gradients(learner(model, activation_checkpointing=True), rollouts)
+    handle.remove()
+    parts = 2  # micro-batches; each is seen by `prepare`, by the forward pass and by its repetition
+    assert len(passes) == 3 * parts
+    assert not any(module.training for module in model.modules())
     for name, gradient in plain.items():
         torch.testing.assert_close(gradient, again[name], atol=1e-7, rtol=1e-6)
 
@@ -187,6 +204,14 @@ def test_figures_of_an_update(model):
     assert 0 < found["sampling/importance_sampling_ratio/min"] < 1 < found["sampling/importance_sampling_ratio/max"]
     assert found["r3/k3_kl"] > 0
     assert found["clip_ratio/region_mean"] == found["clip_ratio/low_mean"] + found["clip_ratio/high_mean"]
+
+
+@pytest.mark.parametrize(("experts", "size"), [(256, 1), (257, 2)])
+def test_bytes_of_routing_follow_from_the_number_of_experts_and_not_from_those_met(model, experts, size):
+    rollouts = sampled(model)
+    model.config.num_local_experts = experts  # as many as the engine says to have; the first six are met
+    _, figures = prepare(learner(model, "off"), rollouts)
+    assert figures["r3/bytes_per_token"] == 2 * 2 * size
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_changes_nothing(model):
