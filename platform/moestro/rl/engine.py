@@ -1,4 +1,4 @@
-"""`TenaciousEngine`: a rollout engine that is started again once if it dies."""
+"""`TenaciousEngine`: a rollout engine that is started again if it dies, once over the same question."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,7 +10,12 @@ from moestro.inference.engine import Completion, Engine, EngineConfig, EngineFac
 
 Found = TypeVar("Found")
 RESTARTS = 1
-"""Deaths without an answer in between that are survived."""
+"""Deaths over one question that are survived. There is no limit over a run, in which each answer is progress."""
+
+
+def count_restarts(log: Path) -> int:
+    """How often an engine has been started again, by the `log` of a `TenaciousEngine`."""
+    return len(log.read_text().splitlines()) if log.is_file() else 0
 
 
 class TenaciousEngine:
@@ -20,13 +25,12 @@ class TenaciousEngine:
     engines answer by weights, prompts and seed alone.
     """
 
-    def __init__(self, factory: EngineFactory, folder: Path, config: EngineConfig) -> None:
-        self._factory, self._folder, self._config = factory, folder, config
+    def __init__(self, factory: EngineFactory, folder: Path, config: EngineConfig, *, log: Path) -> None:
+        """`log` gets a line for each restart: a file, so that a run that is resumed goes on counting."""
+        self._factory, self._folder, self._config, self._log = factory, folder, config, log
         self._engine: Engine = factory(folder, config)
         self.concurrent = self._engine.concurrent
         """Whether it may be asked from another thread while this one computes."""
-        self.restarts = 0
-        """How often an engine has been started again."""
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """See `Engine`."""
@@ -49,9 +53,10 @@ class TenaciousEngine:
         for _ in range(RESTARTS):
             try:
                 return question(self._engine)
-            except LostWorkerError:
+            except LostWorkerError as error:
                 with suppress(LostWorkerError):
                     self._engine.close()
                 self._engine = self._factory(self._folder, self._config)
-                self.restarts += 1
+                with self._log.open("a") as log:
+                    log.write(" ".join(str(error).split()) + "\n")
         return question(self._engine)

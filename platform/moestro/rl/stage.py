@@ -26,7 +26,7 @@ from moestro.models.checkpoint import is_moe, load_model, save_model
 from moestro.models.files import known_origins
 from moestro.rl.ahead import Ahead
 from moestro.rl.curriculum import build_curriculum
-from moestro.rl.engine import TenaciousEngine
+from moestro.rl.engine import TenaciousEngine, count_restarts
 from moestro.rl.history import History
 from moestro.rl.preferences import dpo
 from moestro.rl.preflight import preflight, require_alignment
@@ -40,8 +40,9 @@ from moestro.training.optimizer import build_optimizer
 from moestro.training.runtime import deterministic
 from moestro.training.state import load_state, model_fingerprint, save_state
 
-STATE, POLICY, ROLLOUTS = "state", "policy", "rollouts"
-"""Folders in scratch: the training state, the present weights as a checkpoint for the engine, records of rollouts."""
+STATE, POLICY, ROLLOUTS, RESTARTS = "state", "policy", "rollouts", "restarts"
+"""In scratch: the training state, the present weights as a checkpoint for the engine, records of rollouts, and a file
+with a line for each restart of the engine."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ def rl(config: AnyRl, *, model: Artifact, engine: EngineFactory, job: Job) -> di
         state, model=policy, optimizer=learner.optimizer, schedule=learner.schedule, owner=run.owner, extra=saved
     )
     history = History.restore(saved)
-    restarts = _train(run, engine, history, done or 0)
+    _train(run, engine, history, done or 0)
     save_model(policy, job.out, tokenizer_from=model.path, origins=origins)
     history.publish(job.out)
     shutil.copytree(job.scratch / ROLLOUTS, job.out / ROLLOUTS)
-    return dict(history.result()) | {"engine_restarts": restarts}
+    return dict(history.result()) | {"engine_restarts": count_restarts(job.scratch / RESTARTS)}
 
 
 def _prepare(config: RlConfig, policy: PreTrainedModel, source: Path, moe: bool, job: Job) -> _Run:
@@ -147,12 +148,13 @@ def _write_policy(run: _Run) -> Path:
     return folder
 
 
-def _train(run: _Run, factory: EngineFactory, history: History, done: int) -> int:
-    """All updates that are left; returns how often an engine had to be started again."""
+def _train(run: _Run, factory: EngineFactory, history: History, done: int) -> None:
+    """All updates that are left."""
     if done == run.config.steps:
-        return 0
+        return
+    log = run.job.scratch / RESTARTS
     with (
-        closing(TenaciousEngine(factory, _write_policy(run), _engine_config(run))) as engine,
+        closing(TenaciousEngine(factory, _write_policy(run), _engine_config(run), log=log)) as engine,
         Ahead(run.sampler, engine) as ahead,
     ):
         for step in range(done, run.config.steps):
@@ -168,7 +170,6 @@ def _train(run: _Run, factory: EngineFactory, history: History, done: int) -> in
             measured |= _refresh(run, engine, batch, step + 1)
             speeds = _speeds(history, ahead) | {"sync/seconds": time.monotonic() - started}
             _finish(run, history, measured, speeds, step + 1)
-    return engine.restarts
 
 
 def _routing(run: _Run, batch: Rollouts) -> dict[str, Any]:
@@ -209,10 +210,8 @@ def _learn(run: _Run, learner: Learner, history: History, batch: Rollouts, step:
         found = Agreement(compared["sampling/logp_difference/max"], compared["r3/k3_kl"])
         require_agreement(found, config, step=number, what="in its rollouts")
     learning_rate = float(learner.schedule.get_last_lr()[0])
-    learner.model.train(config.activation_checkpointing)  # the only mode in which transformers checkpoints
     with deterministic():
         updated = update(learner, prepared, step=number)
-    learner.model.eval()
     history.update.add(int(batch.real_BS.sum()), time.monotonic() - started)
     return compared | updated | {"learning_rate": learning_rate}
 

@@ -14,7 +14,7 @@ from moestro.errors import InputError, LostWorkerError
 from moestro.inference.engine import Completion, EngineConfig
 from moestro.rl.ahead import Ahead
 from moestro.rl.curriculum import build_curriculum
-from moestro.rl.engine import TenaciousEngine
+from moestro.rl.engine import TenaciousEngine, count_restarts
 from moestro.rl.records import find_record, read_record
 from moestro.rl.rewards import Judge
 from moestro.rl.sampling import Sampler
@@ -63,8 +63,8 @@ def sampler(folder: Path, staleness: int, **fields) -> Sampler:
     return Sampler(config, curriculum, Judge(config.rewards, task), tokenizer, folder / "rollouts", "abc")
 
 
-def engine(fake: FakeEngine) -> TenaciousEngine:
-    return TenaciousEngine(lambda _folder, _config: fake, Path("policy"), EngineConfig())
+def engine(fake: FakeEngine, log: Path = Path("/nowhere")) -> TenaciousEngine:
+    return TenaciousEngine(lambda _folder, _config: fake, Path("policy"), EngineConfig(), log=log)
 
 
 def versions(folder: Path) -> list[int]:
@@ -108,10 +108,24 @@ def test_what_goes_wrong_beside_the_trainer_is_raised_before_weights_change(tmp_
     made = sampler(tmp_path, 1)
     made.obtain(engine(fake), 0, version=0)
     fake.dies = 2
-    with Ahead(made, engine(fake)) as ahead:
+    with Ahead(made, engine(fake, tmp_path / "restarts")) as ahead:
         ahead.take(0)
         with pytest.raises(LostWorkerError):
             ahead.settle()
+
+
+def test_restarts_are_limited_by_question_and_counted_over_all_processes_of_a_run(tmp_path):
+    log = tmp_path / "restarts"
+    assert count_restarts(log) == 0
+    for process in (1, 2):
+        fake = FakeEngine()
+        fake.go.set()
+        asked = sampler(tmp_path / str(process), 0)
+        tenacious = engine(fake, log)
+        for step in (0, 1):
+            fake.dies = 1
+            asked.obtain(tenacious, step, version=step)
+        assert count_restarts(log) == 2 * process
 
 
 def test_rollouts_of_a_policy_that_is_gone_are_not_sampled_from_another(tmp_path):
