@@ -1,4 +1,4 @@
-"""vLLM against transformers for every architecture that mixing makes: log-probabilities, routing, weight refresh."""
+"""vLLM against transformers for every architecture that mixing makes, and OLMoE: log-probabilities, routes, refresh."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import DeepseekV3Config
 
 from moestro.data.tokenizer import train_bpe
 from moestro.errors import InputError
@@ -64,6 +65,7 @@ def assert_equal(found: list[Scored], wanted: list[Scored]) -> None:
         ("qwen2_moe unshared", {}),
         ("qwen3_moe", {}),
         ("flex_olmo", {}),
+        ("olmoe", {}),
         ("granitemoe", {"tie_word_embeddings": True}),
         ("glm4_moe grouped", {}),
         ("glm4_moe", {"first_k_dense_replace": 1}),
@@ -86,3 +88,9 @@ def test_routes_beyond_a_window_that_all_layers_share_are_refused_before_vllm_st
     folder = build("mixtral", seed=0, sliding_window=MAX_LEN - 1)
     with pytest.raises(InputError, match=r"all its layers slide over 199 positions, and sequences have up to 200"):
         VllmEngine(folder, EngineConfig(routes=True, max_model_len=MAX_LEN))
+
+
+def test_a_deepseek_v3_that_vllm_would_not_load_is_refused_before_it_starts(tmp_path: Path) -> None:
+    DeepseekV3Config().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no topk_method noaux_tc, without which vLLM does not load it"):
+        VllmEngine(tmp_path, EngineConfig(max_model_len=MAX_LEN))

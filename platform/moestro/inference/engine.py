@@ -17,7 +17,7 @@ import numpy as np
 from moestro.errors import InputError
 from moestro.inference.environment import quiet_environment
 from moestro.inference.routes import check_routes, require_routing, window_is_wide_enough
-from moestro.models.files import weight_files
+from moestro.models.files import read_config, weight_files
 
 GIB = 1024**3
 WORKER_EXTENSION = "moestro.inference.worker.WorkerExtension"
@@ -106,7 +106,11 @@ class VllmEngine:
     concurrent = False
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
-        """Load the checkpoint in `folder`. Raises `InputError` if routes are asked for that vLLM does not return."""
+        """Load the checkpoint in `folder`.
+
+        Raises `InputError` if routes are asked for that vLLM does not return, or its config lacks what vLLM reads.
+        """
+        _check_config(folder)
         hint = "Leave EngineConfig.routes off, or keep max_model_len within the window."
         self._shape = require_routing(folder, config.max_model_len, hint=hint) if config.routes else None
         self._shapes = stored_shapes(folder)
@@ -217,6 +221,16 @@ class VllmEngine:
 
     def _routes(self, routes: Any, rows: int) -> np.ndarray | None:
         return None if self._shape is None else check_routes(routes, rows=rows, shape=self._shape)
+
+
+def _check_config(folder: Path) -> None:
+    """Raise `InputError` for a DeepSeek-V3 whose correction bias vLLM (0.30) would find no place for: a KeyError."""
+    config = read_config(folder)
+    if config["model_type"] == "deepseek_v3" and config.get("topk_method") != "noaux_tc":
+        raise InputError(
+            f"{folder}: config.json of a deepseek_v3 has no topk_method noaux_tc, without which vLLM does not load it.",
+            hint='Add "topk_method": "noaux_tc"; transformers leaves it out of configs that it makes.',
+        )
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
