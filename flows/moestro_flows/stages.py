@@ -62,6 +62,9 @@ def _start_server() -> None:
 def _opened(home: Home, config_path: Path) -> Iterator[Session]:
     """A session with its cluster, which local stages need not wait for."""
     with Session.open(home, load_lifecycle(config_path)) as session:
+        if session.to_run:
+            # It puts another module in its own place while it is imported: a second thread would get the empty one.
+            import_module("transformers")
         if session.needs_cluster:
             threading.Thread(target=import_module, args=("moestro.mixing",), daemon=True).start()
             session.cluster.connect(workers=len(session.config.data.names("expert")))
