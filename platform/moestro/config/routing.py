@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moestro.config.base import Config
+from moestro.config.seeds import Seed
 
 
 class SwitchLoss(Config):
@@ -57,7 +58,7 @@ class ErcLoss(Config):
     """Weight of the loss."""
     alpha: float = Field(1.0, ge=0, le=1)
     """Share of what a row makes of its own expert that it may make of others; smaller is stricter."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the noise on the rows."""
 
 
@@ -101,7 +102,7 @@ class RandomPartition(Config):
     share: float = Field(0.1, gt=0, le=1)
     """How far a step draws each expert to the mean of the others, at its end; rises linearly from 0. At most
     (E - 1) / E for E experts, which makes them the same."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seeds the partition."""
 
 

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from moestro.config.base import EXECUTION, Config
 from moestro.config.data import DomainName, TaskConfig
+from moestro.config.seeds import Seed
 from moestro.config.training import OptimizerConfig, TrainingConfig
 
 
@@ -148,7 +149,7 @@ class RlConfig(Config):
         learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, schedule="constant"
     )
     """The optimiser."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds problems and sampling."""
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from moestro.config.base import EXECUTION, Config
+from moestro.config.seeds import Seed
 
 DEFAULT_WARMUP = 20
 
@@ -78,7 +79,7 @@ class TrainingConfig(Config):
     """Steps between resumable training checkpoints. Not identity: resuming is the same as running."""
     log_every: int = Field(10, ge=1)
     """Steps between logged metrics."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds initialisation and the order of data."""
     cross_document_attention: bool = True
     """Whether tokens see the documents before theirs in a packed sequence. If not, positions restart at each document
