@@ -37,8 +37,8 @@ class LossFreeBalance(Config):
     a model mixed with `selection: loss_free`."""
 
     type: Literal["loss_free"] = "loss_free"
-    update_rate: float = Field(1e-3, gt=0)
-    """How far a step moves the bias."""
+    update_rate: float = Field(1e-3, gt=0, le=1)
+    """How far a step moves the bias, which is added to scores between 0 and 1."""
 
 
 class BipBalance(Config):
@@ -73,8 +73,9 @@ class RomaLoss(Config):
     """How many of the last sparse layers it acts on."""
     neighbours: int = Field(3, ge=1)
     """Neighbours of each sequence, found in its micro-batch, which needs twice as many sequences and one more."""
-    bandwidth: float = Field(0.4, gt=0)
-    """Width of the Gaussian over distances of embeddings, which have length one."""
+    bandwidth: float = Field(0.4, ge=1e-3, le=1e3)
+    """Width of the Gaussian over distances of embeddings, which have length one. At the least only the nearest counts,
+    at the most all neighbours alike."""
 
 
 class MutualInformationLoss(Config):
