@@ -122,6 +122,7 @@ class Home:
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_COLOR_PREFIX": "0",
+            "RAY_raylet_start_wait_time_s": "120",  # Ray's default of 30 is too little on a busy machine
             "RAY_worker_niceness": "0",  # Ray's default lets every other process go before its workers
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "ERROR",

@@ -3,7 +3,6 @@
 The ephemeral server outlives a driver that was killed; the next run with the same home ends it.
 """
 
-import json
 import os
 from contextlib import suppress
 
@@ -13,7 +12,8 @@ import psutil
 from moestro.errors import ResourceError
 from moestro_flows.home import Home
 
-NAME = "prefect_server.json"
+OWNER = "MOESTRO_PREFECT_SERVER_OF"
+"""In a server's environment: the process that it was started for, and the home."""
 MARK = "prefect.server"
 STOP_SECONDS = 5
 REACH_SECONDS = 10
@@ -32,37 +32,30 @@ def reach(home: Home) -> None:
         ) from None
 
 
+def sign_own(home: Home) -> None:
+    """Let the server that Prefect starts for this process carry, from its first moment, whose it is. Call it before."""
+    os.environ[OWNER] = f"{os.getpid()} {home.path}"
+
+
 def end_orphans(home: Home) -> None:
-    """End the servers that an earlier run with this home left behind. Call it while holding the home's lock."""
-    note = home.path / NAME
-    if note.exists():
-        _stop_orphans(json.loads(note.read_text()))
-
-
-def note_own(home: Home) -> None:
-    """Note this process's own server for a later run to end. Call it while holding the home's lock, so that the note
-    of a running lifecycle is never replaced."""
-    note = home.path / NAME
-    temporary = note.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_own_servers()))
-    temporary.replace(note)
-
-
-def _own_servers() -> list[dict[str, float]]:
-    children = psutil.Process().children()
-    servers = [child for child in children if MARK in " ".join(child.cmdline())]
-    return [{"pid": child.pid, "created": child.create_time(), "driver": os.getpid()} for child in servers]
-
-
-def _stop_orphans(notes: list[dict[str, float]]) -> None:
-    """End the noted servers that still live (same pid, same start) without the driver that started them."""
-    orphans = []
-    for noted in notes:
+    """End the servers that earlier runs with this home left behind. Call it while holding the home's lock."""
+    orphans = [server for server in _servers() if _is_orphan(server, home)]
+    for server in orphans:
         with suppress(psutil.NoSuchProcess):
-            server = psutil.Process(int(noted["pid"]))
-            if server.create_time() == noted["created"] and server.ppid() != noted["driver"]:
-                server.terminate()
-                orphans.append(server)
+            server.terminate()
     for server in psutil.wait_procs(orphans, timeout=STOP_SECONDS)[1]:
         with suppress(psutil.NoSuchProcess):
             server.kill()
+
+
+def _servers() -> list[psutil.Process]:
+    return [process for process in psutil.process_iter(["cmdline"]) if MARK in " ".join(process.info["cmdline"] or ())]
+
+
+def _is_orphan(server: psutil.Process, home: Home) -> bool:
+    """Whether a run with this home started it that is no longer its parent."""
+    try:
+        driver, _, path = server.environ().get(OWNER, "").partition(" ")
+        return path == str(home.path) and server.ppid() != int(driver)
+    except psutil.Error:  # it has ended, or is another user's
+        return False

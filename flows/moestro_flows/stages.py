@@ -21,7 +21,7 @@ from moestro.execution import Step
 from moestro.interrupts import interrupts_held
 from moestro_flows.home import Home
 from moestro_flows.lifecycle import walk
-from moestro_flows.server import note_own
+from moestro_flows.server import sign_own
 from moestro_flows.session import Session
 from moestro_flows.summary import figures, rows
 
@@ -41,10 +41,9 @@ def run_lifecycle(config_path: Path, name: str) -> str:
     """Run the flow from a terminal. Meanwhile Prefect's ephemeral server starts, if there is to be one."""
     home = Home.current()
     with ThreadPoolExecutor(1) as beside:
-        server = beside.submit(_start_server)
+        server = beside.submit(_start_server, home)
         with _opened(home, config_path) as session:
             server.result()
-            note_own(home)
             token = _OPENED.set(session)
             try:
                 return lifecycle(str(config_path), name=name)
@@ -52,8 +51,9 @@ def run_lifecycle(config_path: Path, name: str) -> str:
                 _OPENED.reset(token)
 
 
-def _start_server() -> None:
-    """Start the ephemeral server; it is kept from the terminal's Ctrl-C."""
+def _start_server(home: Home) -> None:
+    """Start the ephemeral server, kept from the terminal's Ctrl-C. If this run cannot end it, the next one does."""
+    sign_own(home)
     with interrupts_held(), get_client(sync_client=True) as client:
         client.hello()
 
@@ -62,6 +62,9 @@ def _start_server() -> None:
 def _opened(home: Home, config_path: Path) -> Iterator[Session]:
     """A session with its cluster, which local stages need not wait for."""
     with Session.open(home, load_lifecycle(config_path)) as session:
+        if session.to_run:
+            # It puts another module in its own place while it is imported: a second thread would get the empty one.
+            import_module("transformers")
         if session.needs_cluster:
             threading.Thread(target=import_module, args=("moestro.mixing",), daemon=True).start()
             session.cluster.connect(workers=len(session.config.data.names("expert")))

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
+import torch
 from pydantic import Field, ValidationError
 
 from moestro.config import (
@@ -13,9 +15,11 @@ from moestro.config import (
     BuiltinSource,
     CompressConfig,
     Config,
+    Dare,
     DataConfig,
     DeployConfig,
     DomainConfig,
+    ErcLoss,
     EvaluateConfig,
     FileSource,
     ImportSeed,
@@ -27,6 +31,8 @@ from moestro.config import (
     PretrainSeed,
     Resources,
     RlConfig,
+    RomaLoss,
+    SplitConfig,
     TrainingConfig,
     TuneConfig,
     ZeroRouter,
@@ -110,6 +116,9 @@ def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], 
     ("kind", "values", "message"),
     [
         (TrainingConfig, {"steps": 1, "batch_size": 6, "accumulation": 4}, "accumulation: 4 does not divide"),
+        (TrainingConfig, {"steps": 10**400}, "steps"),
+        (TrainingConfig, {"tokens": 10**400}, "tokens"),
+        (TrainingConfig, {"minutes": 1e308}, "less than or equal to 10000000"),
         (OptimizerConfig, {"betas": (0.9, 1.0)}, "less than 1"),
         (ModelConfig, {"hidden_size": 64, "num_attention_heads": 3}, "num_attention_heads: 3 does not divide"),
         (ModelConfig, {"num_attention_heads": 6, "num_key_value_heads": 4}, "num_key_value_heads: 4 does not divide"),
@@ -124,12 +133,38 @@ def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], 
             {"model": {"max_position_embeddings": 64}, "training": {"steps": 1, "sequence_length": 128}},
             "training.sequence_length: 128 is longer",
         ),
+        (LossFreeBalance, {"update_rate": 1.5}, "less than or equal to 1"),
+        (RomaLoss, {"bandwidth": 1e-30}, "greater than or equal to 0.001"),
+        (RomaLoss, {"bandwidth": 1e200}, "less than or equal to 1000"),
         (DeployConfig, {"max_model_len": 128}, "deploy.parity.sequence_length must be below"),
     ],
 )
 def test_a_stage_config_that_cannot_work_is_refused(kind: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         kind(**values)
+
+
+def seeded() -> list[Any]:
+    """All configs with a field that seeds a generator."""
+    kinds = [Config]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return [kind for kind in kinds if (field := kind.model_fields.get("seed")) and field.annotation is int]
+
+
+def test_a_seed_that_no_generator_takes_is_refused_by_every_config() -> None:
+    assert {TrainingConfig, RlConfig, ErcLoss, Dare, SplitConfig} <= set(seeded())
+    for kind in seeded():
+        for seed in (2**63, -1):
+            with pytest.raises(ValidationError) as refused:
+                kind(seed=seed)
+            assert ("seed",) in {error["loc"] for error in refused.value.errors()}, kind
+
+
+def test_the_largest_seed_is_one_that_generators_take() -> None:
+    seed = SplitConfig(seed=2**63 - 1).seed
+    torch.Generator().manual_seed(seed)
+    np.random.default_rng(seed)
 
 
 def test_an_imported_seed_may_serve_any_length() -> None:

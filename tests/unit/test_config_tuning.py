@@ -63,6 +63,11 @@ BLENDED = {"experts": {"type": "blended"}, "router": {"type": "random"}}
             {},
             r"tune\.rates: only shared_experts has a factor above 0, and the mix has no shared expert",
         ),
+        (
+            {"losses": [{"type": "random_partition", "share": 0.7}]},
+            {},
+            r"tune\.losses: random_partition's share of 0\.7 draws 3 experts beyond their mean, where 2/3 makes",
+        ),
     ],
 )
 def test_a_tuning_that_does_not_suit_the_mix_is_refused(
@@ -78,6 +83,7 @@ def test_a_tuning_that_does_not_suit_the_mix_is_refused(
         ({"frozen_experts": ["code", "seed"], "trainable": "experts"}, {}),
         ({"frozen_experts": ["code", "prose", "seed"]}, {}),
         ({"frozen_experts": ["code", "prose"], "losses": PARTITION}, {}),
+        ({"losses": [{"type": "random_partition", "share": 0.6}]}, {}),
         ({"losses": LOSSES}, {}),
         ({"losses": LOSSES}, {"experts": {"type": "divmoe"}}),
         ({"losses": LOSSES}, {"experts": {"type": "drop_upcycling", "of": "branches"}}),

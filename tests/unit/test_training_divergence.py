@@ -3,7 +3,7 @@
 import math
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moestro.artifacts import Job
-from moestro.config import OptimizerConfig, TrainingConfig
+from moestro.config import OptimizerConfig, RoutingLossConfig, SwitchLoss, TrainingConfig, ZLoss
 from moestro.data.packed import Mixture, PackedTokens
 from moestro.errors import TrainingError
 from moestro.training.divergence import WINDOW, DivergenceGuard
 from moestro.training.history import TrainingResult
 from moestro.training.loop import train
 from moestro.training.objective import next_token_loss
+from moestro.training.routing_losses import Context, routing_objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,6 +75,15 @@ def run(
     job = Job(out=folder / "out", scratch=folder / "scratch", reporter=Breaking(model, broken_at, factor))
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=optimizer)})
     return train(model, Mixture({"noise": tokens(0)}, S, seed=0), config, job=job, trainable=lambda _: True)
+
+
+def train_sparse(model: PreTrainedModel, losses: list[RoutingLossConfig], folder: Path) -> TrainingResult:
+    for name in ("out", "scratch"):
+        (folder / name).mkdir()
+    job = Job(out=folder / "out", scratch=folder / "scratch", reporter=Breaking(model, 0, 1.0))
+    objective = routing_objective(losses, Context(model, [], ("noise",)))
+    mixture = Mixture({"noise": tokens(0)}, S, seed=0)
+    return train(model, mixture, CONFIG, job=job, trainable=lambda _: True, auxiliary=objective)
 
 
 def diverges_at(losses: list[float], vocabulary: int = 50_000) -> int | None:
@@ -258,3 +268,34 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     message = r"update of step 9 left values in lm_head.weight that are not finite. .* is \S+step-00000006-"
     with pytest.raises(TrainingError, match=message):
         run(tmp_path, CONFIG, broken_at=9, factor=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "message"),
+    [
+        ({"z_loss": 1e300}, "z_loss of tune.losses makes the gradient's norm (nan|inf). Without, it is finite"),
+        ({"z_loss": 1e-3, "switch": 1e38}, "step 1: switch of tune.losses makes"),
+        ({"z_loss": 1e300, "switch": 1e300}, "z_loss and switch of tune.losses make the"),
+    ],
+)
+def test_a_routing_loss_that_is_not_finite_is_named_and_not_the_data(
+    tiny_moe: Callable[..., PreTrainedModel], tmp_path: Path, coefficients: dict[str, float], message: str
+) -> None:
+    model = tiny_moe("mixtral")
+    losses = {"z_loss": ZLoss, "switch": SwitchLoss}
+    configs = [losses[name](coefficient=value) for name, value in coefficients.items()]
+    with pytest.raises(TrainingError, match=message) as caught:
+        train_sparse(model, configs, tmp_path)
+    assert (
+        f"Lower the `coefficient` of {' and '.join(n for n, c in coefficients.items() if c > 1)}" in caught.value.hint
+    )
+    assert "windows" not in str(caught.value)
+
+
+def test_weights_whose_gradient_is_not_finite_are_not_blamed_on_a_routing_loss(
+    tiny_moe: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = tiny_moe("mixtral")
+    model.get_output_embeddings().weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError, match=r"step 1: the gradient's norm is (nan|inf)\. Its batch: noise"):
+        train_sparse(model, [ZLoss()], tmp_path)

@@ -207,6 +207,9 @@ def test_a_domain_that_runs_out_is_refused_before_the_first_step(tmp_path: Path)
     small = mixture(S * 2 + 1)
     with pytest.raises(ConfigError, match=r"'code' runs out of data: 3 steps would go through its 33 tokens 3.0 times"):
         run(tmp_path, model_of("llama"), small, steps=3, max_epochs=2.5)
+    endless = r"'code' runs out of data: \d\.\de\+2\d\d steps would go through its 33 tokens \d\.\de\+2\d\d times"
+    with pytest.raises(ConfigError, match=endless):
+        run(tmp_path, model_of("llama"), small, flops=1e300)
     assert run(tmp_path, model_of("llama"), small, steps=3, max_epochs=3).epochs == {"code": 3.0, "math": 3.0}
 
 

@@ -59,7 +59,7 @@ class Cluster:
             _reach(self.address)
         own = {} if self.address else {"num_cpus": self.cpus, "object_store_memory": OBJECT_STORE_BYTES}
         try:
-            # Ray raises `Exception` itself where its processes take longer to start than the 30 s it gives them.
+            # Ray raises `Exception` itself where its processes take longer to start than it waits for them.
             with interrupts_held(), terminations_kept(), named(lambda error: _no_cluster(self.address, error)):
                 ray.init(
                     address=self.address or "local",  # without one Ray would join any cluster it finds on this machine
@@ -223,8 +223,8 @@ def _no_cluster(address: str | None, error: Exception) -> ResourceError:
     if address is None:
         return ResourceError(
             f"Ray does not start: {words}.",
-            hint="It gives its processes 30 s, too little on a busy machine: run the same command again when others "
-            "are done, or start Ray beforehand and set RAY_ADDRESS.",
+            hint="On a busy machine its processes may take longer than it waits: run the same command again when "
+            "others are done, or start Ray beforehand and set RAY_ADDRESS.",
         )
     return ResourceError(
         f"There is no Ray cluster at {address}: {words}.", hint="Start it, or unset RAY_ADDRESS to start one in place."

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from moestro.config.base import Config
 from moestro.config.data import DomainName
+from moestro.config.seeds import Seed
 
 RESERVED = {"seed", "blend"}
 """Names of experts that are no domain's."""
@@ -52,7 +53,7 @@ class RandomRow(Config):
     """A random direction in every layer."""
 
     type: Literal["random"] = "random"
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the draw."""
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from moestro.config.base import EXECUTION, Config
+from moestro.config.seeds import Seed
 
 DOMAIN_NAME = r"^[a-z][a-z0-9_-]{0,31}$"
 """Pattern of a domain's name."""
@@ -74,7 +75,7 @@ class SplitConfig(Config):
     """Share of the documents that is held out, chosen by the hash of a document's text."""
     min_documents: int = Field(20, ge=2)
     """A domain with fewer documents is refused."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the order of documents and the generated problems."""
 
 

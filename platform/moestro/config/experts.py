@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moestro.config.base import Config
+from moestro.config.seeds import Seed
 
 
 class DomainExperts(Config):
@@ -53,7 +54,7 @@ class DropUpcyclingExperts(Config):
     """Copies, where they are the seed's."""
     ratio: float = Field(0.5, ge=0, le=1)
     """Share of every routed expert's intermediate features that is drawn anew."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the choice of features and their new weights."""
 
 

@@ -18,6 +18,7 @@ from moestro.config.experts import (
     FineGrainedExperts,
     SparseUpcyclingExperts,
 )
+from moestro.config.seeds import Seed
 
 
 class KeepSeed(Config):
@@ -58,7 +59,7 @@ class Dare(Config):
     2502.00997), as many times further from the seed as there are branches unless `weight` makes up for it."""
     weight: float = Field(1.0, gt=0)
     """Factor of the merged task vector."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the choice."""
 
 
@@ -92,7 +93,7 @@ class RandomRouter(Config):
     type: Literal["random"] = "random"
     std: float = Field(0.02, gt=0)
     """Standard deviation."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the draw."""
 
 
@@ -141,7 +142,7 @@ class ErcRouter(Config):
     """Gradient steps on the loss, in every layer."""
     std: float = Field(0.02, gt=0)
     """Standard deviation of every row's weights."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the draw that the steps begin with."""
 
 

@@ -6,6 +6,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from moestro.config.base import EXECUTION, Config
 from moestro.config.data import TaskConfig
+from moestro.config.seeds import Seed
 from moestro.config.training import OptimizerConfig
 
 
@@ -190,7 +191,7 @@ class RlConfig(Config):
         learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, schedule="constant"
     )
     """The optimiser."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds problems and sampling."""
 
     @property
@@ -235,7 +236,7 @@ class DpoConfig(Config):
         learning_rate=1e-5, warmup_steps=0, weight_decay=0.0, schedule="constant"
     )
     """The optimiser."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the order of pairs."""
 
 

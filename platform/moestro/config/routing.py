@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moestro.config.base import Config
+from moestro.config.seeds import Seed
 
 
 class SwitchLoss(Config):
@@ -36,8 +37,8 @@ class LossFreeBalance(Config):
     a model mixed with `selection: loss_free`."""
 
     type: Literal["loss_free"] = "loss_free"
-    update_rate: float = Field(1e-3, gt=0)
-    """How far a step moves the bias."""
+    update_rate: float = Field(1e-3, gt=0, le=1)
+    """How far a step moves the bias, which is added to scores between 0 and 1."""
 
 
 class BipBalance(Config):
@@ -57,7 +58,7 @@ class ErcLoss(Config):
     """Weight of the loss."""
     alpha: float = Field(1.0, ge=0, le=1)
     """Share of what a row makes of its own expert that it may make of others; smaller is stricter."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the noise on the rows."""
 
 
@@ -72,8 +73,9 @@ class RomaLoss(Config):
     """How many of the last sparse layers it acts on."""
     neighbours: int = Field(3, ge=1)
     """Neighbours of each sequence, found in its micro-batch, which needs twice as many sequences and one more."""
-    bandwidth: float = Field(0.4, gt=0)
-    """Width of the Gaussian over distances of embeddings, which have length one."""
+    bandwidth: float = Field(0.4, ge=1e-3, le=1e3)
+    """Width of the Gaussian over distances of embeddings, which have length one. At the least only the nearest counts,
+    at the most all neighbours alike."""
 
 
 class MutualInformationLoss(Config):
@@ -101,7 +103,7 @@ class RandomPartition(Config):
     share: float = Field(0.1, gt=0, le=1)
     """How far a step draws each expert to the mean of the others, at its end; rises linearly from 0. At most
     (E - 1) / E for E experts, which makes them the same."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seeds the partition."""
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from moestro.config.base import EXECUTION, Config
+from moestro.config.seeds import Seed
 
 DEFAULT_WARMUP = 20
 
@@ -55,13 +56,13 @@ BUDGETS = ("steps", "tokens", "flops", "minutes")
 class TrainingConfig(Config):
     """One training run: for how long (exactly one of steps, tokens, flops and minutes), on how much, how exactly."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, lt=2**63)
     """Optimiser steps."""
-    tokens: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1, lt=2**63)
     """Training tokens, rounded up to whole batches."""
     flops: float | None = Field(None, gt=0)
     """Floating-point operations of the model's products, forward and backward, rounded to whole batches."""
-    minutes: float | None = Field(None, gt=0)
+    minutes: float | None = Field(None, gt=0, le=1e7)
     """Time to train on this machine, as a few batches before the first step foretell it. The number of steps then
     depends on the machine: it stands in the record, and `steps` with that number gives the same result anywhere."""
     batch_size: int = Field(16, ge=1)
@@ -78,7 +79,7 @@ class TrainingConfig(Config):
     """Steps between resumable training checkpoints. Not identity: resuming is the same as running."""
     log_every: int = Field(10, ge=1)
     """Steps between logged metrics."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds initialisation and the order of data."""
     cross_document_attention: bool = True
     """Whether tokens see the documents before theirs in a packed sequence. If not, positions restart at each document

@@ -94,6 +94,7 @@ def check_tuning(tune: TuneConfig, mix: MixConfig, *, origins: tuple[str, ...], 
     """
     _check_what_trains(tune, mix, origins)
     _check_losses(tune, mix)
+    _check_averaging(tune, len(origins))
     if any(loss.type == "domain_supervision" for loss in tune.losses) and not set(origins) & set(domains):
         raise ValueError(
             "losses: domain_supervision draws a domain's tokens to the domain's own expert, and the mix has none: its "
@@ -137,6 +138,15 @@ def _check_losses(tune: TuneConfig, mix: MixConfig) -> None:
             raise ValueError(
                 "losses: bip balances over all experts, mix.num_groups_per_tok leaves some out; "
                 "take loss_free, which heeds groups"
+            )
+
+
+def _check_averaging(tune: TuneConfig, experts: int) -> None:
+    for loss in tune.losses:
+        if loss.type == "random_partition" and loss.share * experts > experts - 1:
+            raise ValueError(
+                f"losses: random_partition's share of {loss.share:g} draws {experts} experts beyond their mean, where "
+                f"{experts - 1}/{experts} makes them the same; lower it, 0.1 is the default"
             )
 
 

@@ -4,7 +4,7 @@ Shapes: B sequences of a micro-batch, N sequences of a step, S positions, S' = S
 [:, 1:]), D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -42,6 +42,12 @@ class Auxiliary(Protocol):
 
     def loss(self, micro: MicroBatch) -> Tensor:
         """The loss (scalar) of this worker's part of the micro-batch; a step's is the mean over both."""
+
+    def terms(self) -> Sequence[str]:
+        """Names of the losses that `loss` adds up."""
+
+    def only(self, terms: Collection[str]) -> AbstractContextManager[None]:
+        """Meanwhile `loss` leaves out all others."""
 
     def end(self) -> None:
         """The optimiser has stepped."""

@@ -1,6 +1,7 @@
 """Training that cannot go on: what is not finite, a loss that rises and stays up, weights that the last step broke."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -32,10 +33,22 @@ NAMED_WINDOWS = 4
 """Of each domain in a message."""
 
 
-def check_finite(step: int, loss: float, norm: float, sources: list[Source]) -> None:
-    """Raise `TrainingError` naming step (from 0) and batch if its loss or its gradient's norm is not finite."""
+def check_finite(
+    step: int, loss: float, norm: float, sources: list[Source], at_fault: Callable[[], Sequence[str]]
+) -> None:
+    """Raise `TrainingError` naming step (from 0) and batch if its loss or its gradient's norm is not finite.
+
+    `at_fault` is asked where only the latter is not: it says which losses beside the cross entropy, if any, make it so.
+    """
     if math.isfinite(loss) and math.isfinite(norm):
         return
+    if math.isfinite(loss) and (terms := at_fault()):
+        names = " and ".join(terms)
+        raise TrainingError(
+            f"Training stopped at step {step + 1}: {names} of tune.losses {'makes' if len(terms) == 1 else 'make'} the "
+            f"gradient's norm {norm}. Without, it is finite.",
+            hint=f"Lower the `coefficient` of {names}: the same config ends the same way.",
+        )
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
     raise TrainingError(
         f"Training stopped at step {step + 1}: {what}. Its batch: {named_windows(sources)}.", hint=DATA_HINT

@@ -3,8 +3,9 @@
 Its state lies in `job.scratch`/training. The position in the data is the step alone, so nothing about data is kept.
 """
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -199,12 +200,31 @@ class _Run:
             self.guard.finish()
             steps.append(self.progress.done - 1)
         for step in sorted(set(steps)):
-            with nothing_trained(self.passes.model):
-                after = self.passes.rehearse(step, self.plan.steps)
-                if self.frozen:
-                    self.frozen.empty_gradients()
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-                self.guard.check_outcome(step, after, parallel.mean(float(norm)))
+            self.guard.check_outcome(step, *self._rehearsed(step))
+
+    def _rehearsed(self, step: int) -> tuple[float, float]:
+        """The loss of the batch of `step` with the present weights, and its gradient's norm (of several workers, the
+        mean of theirs)."""
+        with nothing_trained(self.passes.model):
+            loss = self.passes.rehearse(step, self.plan.steps)
+            if self.frozen:
+                self.frozen.empty_gradients()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        return loss, parallel.mean(float(norm))
+
+    def _terms_at_fault(self, step: int) -> Sequence[str]:
+        """The auxiliary's losses that make the gradient of the batch of `step` one that is not finite; none where it is
+        so without them."""
+        auxiliary = self.passes.auxiliary
+        if auxiliary is None or not self._finite_with(auxiliary, (), step):
+            return ()
+        terms = auxiliary.terms()
+        return [term for term in terms if not self._finite_with(auxiliary, (term,), step)] or terms
+
+    def _finite_with(self, auxiliary: Auxiliary, terms: tuple[str, ...], step: int) -> bool:
+        self.passes.model.zero_grad(set_to_none=True)
+        with auxiliary.only(terms):
+            return math.isfinite(self._rehearsed(step)[1])
 
     @property
     def stopped(self) -> bool:
@@ -233,7 +253,7 @@ class _Run:
         if self.frozen:
             self.frozen.empty_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, config.max_grad_norm))
-        check_finite(step, loss, norm, self.passes.sources(step))
+        check_finite(step, loss, norm, self.passes.sources(step), lambda: self._terms_at_fault(step))
         self.guard.watch(loss)
         learning_rate = config.learning_rate * schedule_factor(config, step, self.plan.steps)
         self.optimizer.step()

@@ -26,6 +26,8 @@ TIMED_BATCHES = 2
 """After one that is not timed: it makes what later ones find."""
 MORE_TEXT = "Give it more text, shorten the training, lower its share, or raise max_epochs."
 """What can be done where a domain runs out of data."""
+TOLD_IN_FULL = 1e12
+"""Numbers from here on are powers of ten in messages."""
 OPTIMIZER_SAMPLE = 1 << 22
 """Parameters that the optimiser's share of a step is timed on."""
 
@@ -86,7 +88,7 @@ def _check_warm_up(config: TrainingConfig, steps: int) -> None:
     warmup = config.optimizer.warmup_steps
     if warmup is not None and warmup > steps:
         raise ConfigError(
-            f"training.optimizer.warmup_steps: {warmup} is more than the run's {steps} steps.",
+            f"training.optimizer.warmup_steps: {warmup} is more than the run's {_told(steps)} steps.",
             hint="Shorten the warm-up or raise the budget.",
         )
 
@@ -98,9 +100,14 @@ def shortage(mixture: Mixture, config: TrainingConfig, steps: int) -> str:
     if epochs[name] <= config.max_epochs:
         return ""
     return (
-        f"Domain {name!r} runs out of data: {steps:,} steps would go through its {len(mixture.domains[name].ids):,} "
-        f"tokens {epochs[name]:.1f} times, training.max_epochs is {config.max_epochs:g}."
+        f"Domain {name!r} runs out of data: {_told(steps)} steps would go through its "
+        f"{len(mixture.domains[name].ids):,} tokens {_told(epochs[name], 1)} times, training.max_epochs is "
+        f"{config.max_epochs:g}."
     )
+
+
+def _told(number: float, places: int = 0) -> str:
+    return f"{number:,.{places}f}" if number < TOLD_IN_FULL else f"{number:.1e}"
 
 
 def _check_epochs(mixture: Mixture, config: TrainingConfig, steps: int) -> None:

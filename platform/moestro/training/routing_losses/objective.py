@@ -3,7 +3,7 @@
 E experts, K chosen per token; `sums` are of probabilities over tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ class RoutingObjective:
         """`configs` are those that the losses were made from."""
         self.model = model
         self.configs = tuple(configs)
-        self.losses = list(losses)
+        self.losses = self.added = list(losses)
         self.record = RoutingRecord()
         self.begin(0, 1)
 
@@ -62,8 +62,20 @@ class RoutingObjective:
         """The weighted sum of all losses (scalar), after adding the micro-batch to the buffers."""
         micro_loads = self._count()
         routing = Routing(self.record, micro, micro_loads, self.loads)
-        terms = [loss.loss(routing) for loss in self.losses]
+        terms = [loss.loss(routing) for loss in self.added]
         return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def terms(self) -> tuple[str, ...]:
+        """The losses' types."""
+        return tuple(config.type for config in self.configs)
+
+    @contextmanager
+    def only(self, terms: Collection[str]) -> Iterator[None]:
+        """Meanwhile the losses of other types add nothing to the sum, whatever else they do."""
+        named = zip(self.terms(), self.losses, strict=True)
+        self.added = [loss for name, loss in named if name in terms]
+        yield
+        self.added = self.losses
 
     def end(self) -> None:
         """Let the losses see the step's loads."""
