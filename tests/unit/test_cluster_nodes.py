@@ -183,6 +183,7 @@ def test_branches_spread_over_the_nodes_and_a_lost_ones_go_on_elsewhere(
     assert left != gone
     job = ray.get_runtime_context().get_job_id()
     lost = claimant("another task").lost
+    wait_for(lambda: lost({"task": "a task", "node": gone, "job": job}))  # workers are missed before their node is
     found = [lost({"task": "a task", "node": node, "job": job}) for node in (gone, left, "another cluster's")]
     assert (found, lost({"task": "another task"}), lost({})) == ([True, False, False], True, False)
     assert [recorder.steps.count(1) for recorder in recorders] == [1, 1, 1]
