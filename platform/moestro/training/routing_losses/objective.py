@@ -74,8 +74,10 @@ class RoutingObjective:
         """Meanwhile the losses of other types add nothing to the sum, whatever else they do."""
         named = zip(self.terms(), self.losses, strict=True)
         self.added = [loss for name, loss in named if name in terms]
-        yield
-        self.added = self.losses
+        try:
+            yield
+        finally:
+            self.added = self.losses
 
     def end(self) -> None:
         """Let the losses see the step's loads."""
