@@ -1,4 +1,4 @@
-"""`Deployment`: a model name, what it stands for, and the server that answers for it."""
+"""`Deployment`: one version of a model, and the server that answers for it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,13 +19,18 @@ class ModelServer(Protocol):
 
 @dataclass(frozen=True)
 class Deployment:
-    """One served model."""
+    """One version of a model: a published deployment with its number in the model registry."""
 
     name: str
+    version: str
     fingerprint: str
     checkpoint: Input
     dtype: str
     max_model_len: int
     created: int
     """Unix time of the deployment's publication."""
-    server: ModelServer
+
+    @property
+    def label(self) -> str:
+        """What every answer of its server bears as its system fingerprint."""
+        return f"{self.name}@{self.version}"
