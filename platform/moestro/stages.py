@@ -93,7 +93,7 @@ STAGES: dict[str, Stage] = {
         on_cluster=True,
     ),
     "rl": Stage(
-        version="2",
+        version="3",
         config=config.AnyRl,
         function="moestro.rl:rl",
         inputs=("model",),

@@ -46,11 +46,31 @@ def recomputing(model: PreTrainedModel, *, enabled: bool) -> Iterator[None]:
             layer.training = training
 
 
+@contextmanager
+def head_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Compute logits in float32 in here, whatever type the rest of the model computes in, as the engine does."""
+    head: Any = model.get_output_embeddings()
+    if head.weight.dtype == torch.float32:
+        yield
+        return
+
+    def forward(hidden: Tensor) -> Tensor:
+        bias = None if head.bias is None else head.bias.float()
+        return nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
 def completion_logits(model: PreTrainedModel, rollouts: Rollouts, *, temperature: float) -> tuple[Tensor, int]:
     """float32 logits / temperature from the first completion token on, [B, S - first, V], and `first`."""
     first = int(rollouts.mask_BS.any(dim=0).nonzero()[0])
     positions = torch.arange(first, rollouts.inputs_BS.shape[1])
-    output: Any = model(input_ids=rollouts.inputs_BS, logits_to_keep=positions, use_cache=False)
+    with head_in_float32(model):
+        output: Any = model(input_ids=rollouts.inputs_BS, logits_to_keep=positions, use_cache=False)
     return output.logits.float() / temperature, first
 
 
