@@ -41,6 +41,7 @@ class Load:
     streams: int = 64
     seconds: float = 15.0
     max_tokens: int = 32
+    stream: bool = True
     retry: bool = False
     """Whether a 503 is asked again, as `Retry-After` suggests, without counting as failed."""
 
@@ -125,7 +126,7 @@ def _body(load: Load, number: int, asked: int) -> dict[str, Any]:
         "min_tokens": load.max_tokens,
         "ignore_eos": True,
         "temperature": 0,
-        "stream": True,
+        "stream": load.stream,
     }
 
 
@@ -141,23 +142,33 @@ async def _ask(
             return
         if answer.status != 200:
             raise _LostError(f"{answer.status}: {(await answer.text())[:200]}")
-        first, done, fingerprint = 0.0, False, ""
-        async for line in answer.content:
-            if not line.startswith(DATA):
-                continue
-            first = first or time.perf_counter() - began
-            event = line[len(DATA) :].strip()
-            done = event == DONE
-            if b'"error"' in event[:9]:
-                raise _LostError(f"error in the stream: {event[:200].decode()}")
-            if not done and not fingerprint:
-                fingerprint = json.loads(event).get("system_fingerprint") or ""
-    if not done:
-        raise _LostError("the stream ended before [DONE]")
+        read = _read_stream if body["stream"] else _read_whole
+        first, fingerprint = await read(answer)
     result.answered += 1
     result.tokens += body["max_tokens"]
-    result.first_token.append(first)
+    result.first_token.append(first - began)
     result.wrong += bool(target.fingerprints) and fingerprint not in target.fingerprints
+
+
+async def _read_stream(answer: aiohttp.ClientResponse) -> tuple[float, str]:
+    """When the first event came, and the answer's fingerprint."""
+    first, event, fingerprint = 0.0, b"", ""
+    async for line in answer.content:
+        if not line.startswith(DATA):
+            continue
+        event = line[len(DATA) :].strip()
+        if event.startswith(b'{"error"'):
+            raise _LostError(f"error in the stream: {event[:200].decode()}")
+        if not first:
+            first, fingerprint = time.perf_counter(), json.loads(event).get("system_fingerprint") or ""
+    if event != DONE:
+        raise _LostError("the stream ended before [DONE]")
+    return first, fingerprint
+
+
+async def _read_whole(answer: aiohttp.ClientResponse) -> tuple[float, str]:
+    whole = await answer.json()
+    return time.perf_counter(), whole.get("system_fingerprint") or ""
 
 
 def main() -> None:
