@@ -23,7 +23,7 @@ GIB = 1024**3
 WORKER_EXTENSION = "moestro.inference.worker.WorkerExtension"
 HEAD_IN_FLOAT32 = {"head_dtype": "float32"}
 """A bfloat16 logit is rounded to 2^-8 of itself: log-probabilities would differ from the trainer's by that alone
-(MiniMax-M1, arXiv 2506.13585, section 3.2)."""
+(MiniMax-M1, arXiv 2506.13585)."""
 
 
 @dataclass(frozen=True)
