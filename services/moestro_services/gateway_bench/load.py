@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
@@ -28,8 +29,6 @@ class Target:
 
     url: str
     key: str = ""
-    fingerprints: tuple[str, ...] = ()
-    """What an answer's `system_fingerprint` may be; empty: anything."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,10 @@ class Result:
     """Requests that were not answered to the end, by what was wrong."""
     unavailable: int = 0
     """Clean 503s with Retry-After."""
-    wrong: int = 0
-    """Answers that bear another model's fingerprint."""
+    fingerprints: dict[str, int] = field(default_factory=dict)
+    """Answers by their `system_fingerprint`."""
+    longest_gap: float = 0.0
+    """Seconds that passed without an answer, the longest time that it happened."""
 
 
 def run(load: Load) -> list[Result]:
@@ -90,6 +91,7 @@ class Running:
 async def _run(load: Load) -> list[Result]:
     results = [Result() for _ in load.targets]
     failed: list[Counter[str]] = [Counter() for _ in load.targets]
+    answers: list[list[tuple[float, str]]] = [[] for _ in load.targets]
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
     connector = aiohttp.TCPConnector(limit=0)
     started = time.monotonic()
@@ -102,14 +104,17 @@ async def _run(load: Load) -> list[Result]:
                 body = _body(load, number, asked)
                 asked += 1
                 try:
-                    await _ask(session, load.targets[turn], body, results[turn], retry=load.retry)
+                    await _ask(session, load.targets[turn], body, results[turn], answers[turn], retry=load.retry)
                 except (aiohttp.ClientError, TimeoutError, _LostError) as error:
                     failed[turn][str(error) or type(error).__name__] += 1
 
         await asyncio.gather(*(stream(number) for number in range(load.streams)))
-    for result, counts in zip(results, failed, strict=True):
-        result.seconds = time.monotonic() - started
-        result.failed = dict(counts)
+    ended = time.monotonic()
+    for result, counts, came in zip(results, failed, answers, strict=True):
+        result.seconds, result.failed = ended - started, dict(counts)
+        result.fingerprints = dict(Counter(fingerprint for _, fingerprint in came))
+        moments = [started, *(moment for moment, _ in came), ended]
+        result.longest_gap = max(later - sooner for sooner, later in pairwise(moments))
     return results
 
 
@@ -131,7 +136,13 @@ def _body(load: Load, number: int, asked: int) -> dict[str, Any]:
 
 
 async def _ask(
-    session: aiohttp.ClientSession, target: Target, body: dict[str, Any], result: Result, *, retry: bool
+    session: aiohttp.ClientSession,
+    target: Target,
+    body: dict[str, Any],
+    result: Result,
+    came: list[tuple[float, str]],
+    *,
+    retry: bool,
 ) -> None:
     headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
     began = time.perf_counter()
@@ -147,7 +158,7 @@ async def _ask(
     result.answered += 1
     result.tokens += body["max_tokens"]
     result.first_token.append(first - began)
-    result.wrong += bool(target.fingerprints) and fingerprint not in target.fingerprints
+    came.append((time.monotonic(), fingerprint))
 
 
 async def _read_stream(answer: aiohttp.ClientResponse) -> tuple[float, str]:
@@ -174,7 +185,7 @@ async def _read_whole(answer: aiohttp.ClientResponse) -> tuple[float, str]:
 def main() -> None:
     """Entry point: a `Load` on standard input, its results on standard output."""
     given = json.load(sys.stdin)
-    targets = tuple(Target(item["url"], item["key"], tuple(item["fingerprints"])) for item in given.pop("targets"))
+    targets = tuple(Target(**item) for item in given.pop("targets"))
     results = asyncio.run(_run(Load(targets=targets, **given)))
     json.dump([asdict(result) for result in results], sys.stdout)
 
