@@ -205,10 +205,13 @@ def lint_rules_page() -> str:
 def rest_page() -> str:
     """Every path of the gateway."""
     from moestro_flows.home import Home
-    from moestro_services.gateway.app import create_app
+    from moestro_services.gateway.app import Parts, create_app
+    from moestro_services.gateway.fleet import Fleet
+    from moestro_services.gateway.sources import Registered
 
     with tempfile.TemporaryDirectory() as folder:
-        document = create_app(Home(Path(folder))).openapi()
+        home = Home(Path(folder))
+        document = create_app(Parts(home=home, fleet=Fleet(Registered(home, tuple).open))).openapi()
     lines = [
         "# REST",
         "",

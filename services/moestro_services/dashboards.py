@@ -10,13 +10,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import Event
 
-from moestro.errors import ArtifactError, ResourceError
+from moestro.errors import ArtifactError
 from moestro_flows.home import Home
-from moestro_services.catalog import Catalog
 from moestro_services.children import Child
-from moestro_services.gateway.app import create_app
 from moestro_services.gateway.launch import LOOPBACK, Address, gateway
-from moestro_services.gateway.listening import listen, serving
+from moestro_services.gateway.listening import listen
+from moestro_services.gateway.sources import Registered, Source, chosen
 
 Say = Callable[[str], None]
 
@@ -36,19 +35,17 @@ class Dashboards:
 
     addresses: dict[str, str] = field(default_factory=dict)
     children: list[Child] = field(default_factory=list)
-    model_lost: Event = field(default_factory=Event)
 
     def watch(self, *, check_seconds: float = 2.0) -> None:
-        """Wait for ever; raises `ResourceError` naming the server that ended."""
-        while not self.model_lost.wait(check_seconds):
+        """Wait for ever; raises `ResourceError` naming the server that ended. Models' servers are started again."""
+        while not Event().wait(check_seconds):
             for child in self.children:
                 child.check()
-        raise ResourceError("The model's server was lost again and again.")
 
 
 @contextmanager
 def dashboards(home: Home, ports: Ports, *, model: bool, say: Say) -> Iterator[Dashboards]:
-    """Everything running while in the block, the newest deployment behind the gateway if `model` and there is one.
+    """Everything running while in the block, with `model` what `moestro serve` would serve behind the gateway.
 
     Raises `BusyError` if a port is in use, before anything is started, and `ResourceError` if a server does not start.
     """
@@ -68,21 +65,19 @@ def dashboards(home: Home, ports: Ports, *, model: bool, say: Say) -> Iterator[D
             addresses[name] = external or f"http://{LOOPBACK}:{started[name][0]}"
         for name, child in zip(started, running.children, strict=True):
             child.wait_until_it_answers(addresses[name] + ("/health" if name == "MLflow" else "/api/health"))
-        _start_gateway(home, ports.gateway, running, stack, model=model, say=say)
+        source = _source(home, model=model)
+        served = stack.enter_context(gateway(home, source, Address(port=ports.gateway), say=say))
+        served.wait_until_ready()
+        addresses["Gateway"] = served.url
         yield running
 
 
-def _start_gateway(home: Home, port: int, running: Dashboards, stack: ExitStack, *, model: bool, say: Say) -> None:
+def _source(home: Home, *, model: bool) -> Source:
+    """What `moestro serve` would serve, or nothing."""
     try:
-        artifact = Catalog(home).entry("deploy").artifact if model else None
+        return chosen(home, ()) if model else Registered(home, tuple)
     except ArtifactError:
-        artifact = None
-    if artifact is None:
-        running.addresses["Gateway"] = stack.enter_context(serving(create_app(home), listen(LOOPBACK, port)))
-        return
-    url, keeper = stack.enter_context(gateway(home, artifact, Address(port=port), say=say))
-    running.addresses["Gateway"] = url
-    running.model_lost = keeper.gave_up
+        return Registered(home, tuple)
 
 
 def _external_mlflow(home: Home) -> str:

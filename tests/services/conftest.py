@@ -1,7 +1,9 @@
-"""A home with a small lifecycle's records in it, and `FixedUpstream`, which speaks the part of vLLM's API needed."""
+"""A home with a small lifecycle's records in it; `FixedUpstream`, which speaks the part of vLLM's API needed, and
+`FixedServer`, a process that is not one."""
 
 import asyncio
 import json
+import secrets
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,9 +18,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from moestro.artifacts import Artifact, Input, LifecycleRun, Record, StepRun, digest_files, fingerprint
 from moestro.config import LifecycleConfig, validate
+from moestro.errors import ResourceError
+from moestro.registry.model_versions import ModelVersion, RegisteredModel
 from moestro_flows.home import Home
 from moestro_services.gateway.deployments import Deployment
+from moestro_services.gateway.fleet import Fleet
 from moestro_services.gateway.listening import listen, serving
+from moestro_services.gateway.replica import Backoff
 
 NO_TEMPLATE = {"error": {"message": "no chat template", "type": "BadRequestError", "param": None, "code": 400}}
 
@@ -31,45 +37,61 @@ def commands_keep_their_environment(own_environment: None) -> None:
 class FixedUpstream:
     """An ASGI application that answers every completion with fixed bytes; prompts steer it.
 
-    `wait`: never begins to answer; `endless`: streams until the client leaves; `break`: drops the connection midway.
+    `wait`: never begins to answer; `endless`: streams until the client leaves; `break`: drops the connection midway;
+    `die`: drops it after the head of the answer; `fail`: a 500; `hold`: begins when `go` is set.
     """
 
-    answer = b'{"id":"cmpl-1","object":"text_completion","choices":[{"index":0,"text":" 19"}]}'
-    events = tuple(
-        b'data: {"id":"cmpl-1","choices":[{"index":0,"text":"%s"}]}\n\n' % part for part in (b" 1", b"9", b"!")
-    )
-
-    def __init__(self) -> None:
+    def __init__(self, fingerprint: str = "assistant@1") -> None:
         self.url = ""
         self.well = True
+        self.api_key = ""
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
         self.began = threading.Event()
         self.left = threading.Event()
-
-    def healthy(self) -> bool:
-        return self.well
+        self.go = threading.Event()
+        said = b'{"id":"cmpl-1","system_fingerprint":"%s","choices":[{"index":0,"text":"%%s"}]' % fingerprint.encode()
+        usage = b',"usage":{"prompt_tokens":5,"total_tokens":7,"completion_tokens":2}}'
+        self.answer = said % b" 19" + usage
+        self.events = tuple(b"data: " + said % part + b"}\n\n" for part in (b" 1", b"9", b"!"))
+        self.usage_event = b'data: {"id":"cmpl-1","choices":[]' + usage + b"\n\n"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         body = await _body(receive)
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        if scope["path"] == "/health":
+            await _reply(send, b"", status=200 if self.well else 503)
+            return
+        if headers.get("authorization") != f"Bearer {self.api_key}":
+            await _reply(send, b'{"error":"Unauthorized"}', status=401)
+            return
         self.seen.append((scope["path"], headers, body))
-        asked = json.loads(body)
-        if scope["path"] == "/v1/chat/completions":
+        await self._answer(scope, json.loads(body), receive, send)
+
+    async def _answer(self, scope: Scope, asked: dict[str, Any], receive: Receive, send: Send) -> None:
+        if asked.get("prompt") == "hold":
+            self.began.set()
+            await asyncio.to_thread(self.go.wait, 30)
+        if asked.get("prompt") == "fail":
+            await _reply(send, b'{"error":{"message":"no","code":500}}', status=500)
+        elif asked.get("prompt") == "die":
+            await send(_start(200, b"application/json", (b"content-length", b"1000")))
+        elif scope["path"] == "/v1/chat/completions":
             await _reply(send, json.dumps(NO_TEMPLATE).encode(), status=400)
         elif asked["prompt"] == "wait":
             self.began.set()
             await self._gone(receive)
         elif asked.get("stream"):
-            await self._stream(asked["prompt"], receive, send)
+            await self._stream(asked, receive, send)
         elif asked["prompt"] == "break":
             await send(_start(200, b"application/json", (b"content-length", b"1000")))
             await send({"type": "http.response.body", "body": b'{"id":', "more_body": True})
         else:
             await _reply(send, self.answer)
 
-    async def _stream(self, prompt: str, receive: Receive, send: Send) -> None:
+    async def _stream(self, asked: dict[str, Any], receive: Receive, send: Send) -> None:
+        prompt = asked["prompt"]
         await send(_start(200, b"text/event-stream; charset=utf-8"))
         for event in self.events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
@@ -77,7 +99,8 @@ class FixedUpstream:
             self.began.set()
             await self._gone(receive)
         elif prompt != "break":
-            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+            usage = self.usage_event if asked.get("stream_options") else b""
+            await send({"type": "http.response.body", "body": usage + b"data: [DONE]\n\n"})
 
     async def _gone(self, receive: Receive) -> None:
         async with asyncio.timeout(30):
@@ -105,6 +128,91 @@ async def _reply(send: Send, body: bytes, *, status: int = 200) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+class FixedServer:
+    """A `ModelServer` whose process is a flag and whose answers are `upstream`'s; each start has a key of its own.
+
+    Starting waits for `may_start` and fails while `refusals` are left.
+    """
+
+    def __init__(self, upstream: FixedUpstream | None = None, *, refusals: int = 0, started: bool = True) -> None:
+        self.upstream = upstream or FixedUpstream()
+        self.refusals = refusals
+        self.api_key = ""
+        self.port = 1
+        self.starts = 0
+        self.stops = 0
+        self.well = True
+        self.may_start = threading.Event()
+        self.gone = threading.Event()
+        if started:
+            self.may_start.set()
+
+    @property
+    def url(self) -> str:
+        return self.upstream.url
+
+    def start(self, timeout: float = 30) -> None:
+        self.starts += 1
+        assert self.may_start.wait(timeout)
+        if self.refusals:
+            self.refusals -= 1
+            raise ResourceError("No memory.\nthe log")
+        self.gone.clear()
+        self.api_key = self.upstream.api_key = secrets.token_hex(8)
+
+    def healthy(self) -> bool:
+        return self.well
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self.gone.wait(timeout)
+
+    def stop(self) -> None:
+        self.stops += 1
+        self.gone.set()
+
+
+class FixedModels:
+    """A model registry that is a list, and the servers of its versions."""
+
+    def __init__(self, servers: dict[str, FixedServer]) -> None:
+        self.servers = servers
+        """By version."""
+
+    def open(self, version: ModelVersion) -> tuple[Deployment, FixedServer]:
+        return deployment_of(version.version), self.servers[version.version]
+
+    def model(self, share: float = 0.0, **aliases: str) -> RegisteredModel:
+        """The model `assistant` with these aliases."""
+        versions = (
+            ModelVersion("assistant", number, "deploy", deployment_of(number).fingerprint, STARTED, {})
+            for number in self.servers
+        )
+        return RegisteredModel("assistant", tuple(versions), aliases, share)
+
+
+def deployment_of(version: str) -> Deployment:
+    """The deployment of one version of `assistant`."""
+    return Deployment(
+        name="assistant",
+        version=version,
+        fingerprint=version * 64,
+        checkpoint=Input(stage="compress", fingerprint="c" * 64),
+        dtype="float32",
+        max_model_len=512,
+        created=1_700_000_000,
+    )
+
+
+@pytest.fixture
+def fixed() -> type[FixedModels]:
+    return FixedModels
+
+
+@pytest.fixture
+def fixed_server() -> type[FixedServer]:
+    return FixedServer
+
+
 @pytest.fixture
 def upstream() -> Iterator[FixedUpstream]:
     fixed = FixedUpstream()
@@ -114,16 +222,26 @@ def upstream() -> Iterator[FixedUpstream]:
 
 
 @pytest.fixture
-def deployment(upstream: FixedUpstream) -> Deployment:
-    return Deployment(
-        name="assistant",
-        fingerprint="d" * 64,
-        checkpoint=Input(stage="compress", fingerprint="c" * 64),
-        dtype="float32",
-        max_model_len=512,
-        created=1_700_000_000,
-        server=upstream,
-    )
+def second_upstream() -> Iterator[FixedUpstream]:
+    fixed = FixedUpstream("assistant@2")
+    with serving(fixed, listen("127.0.0.1", 0)) as url:
+        fixed.url = url
+        yield fixed
+
+
+@pytest.fixture
+def models(upstream: FixedUpstream, second_upstream: FixedUpstream) -> FixedModels:
+    """Versions 1 and 2 of `assistant`, each with its upstream."""
+    return FixedModels({"1": FixedServer(upstream), "2": FixedServer(second_upstream)})
+
+
+@pytest.fixture
+def fleet(models: FixedModels) -> Iterator[Fleet]:
+    """Serves version 1 of `assistant`."""
+    with Fleet(models.open, backoff=Backoff(first=0.0)) as made:
+        made.apply([models.model(champion="1")])
+        assert made.wait_for(lambda fleet: all(fleet.ready.values()), 30)
+        yield made
 
 
 CONFIG = """

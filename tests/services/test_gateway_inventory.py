@@ -1,28 +1,39 @@
 """/api over a home's records, and who may ask."""
 
+import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from moestro.errors import BusyError, ConfigError
+from moestro.errors import BusyError, ConfigError, ResourceError
 from moestro_flows.home import Home
 from moestro_services.catalog import Catalog
-from moestro_services.gateway.access import check_exposure, is_loopback, read_key
-from moestro_services.gateway.app import create_app
+from moestro_services.gateway.access import Guarded, check_exposure, is_loopback, read_key
+from moestro_services.gateway.app import Parts, create_app
+from moestro_services.gateway.fleet import Fleet
 from moestro_services.gateway.launch import Address, ask, gateway
 from moestro_services.gateway.listening import listen, serving
+from moestro_services.gateway.replica import Backoff
+from moestro_services.gateway.sources import Fixed, Registered
 
 KEY = "0123456789abcdef0123"
 
 
+def app_of(home: Home, fleet: Fleet | None = None, key: str | None = None) -> FastAPI:
+    def door(app: Any, _traffic: Any) -> Any:
+        return Guarded(app, key)
+
+    return create_app(Parts(home=home, fleet=fleet or Fleet(Registered(home, tuple).open), wraps=(door,)))
+
+
 @pytest.fixture
 def client(built_home: Home) -> Iterator[TestClient]:
-    with TestClient(create_app(built_home), base_url="http://127.0.0.1") as made:
+    with TestClient(app_of(built_home), base_url="http://127.0.0.1") as made:
         yield made
 
 
@@ -53,14 +64,19 @@ def test_experts_are_those_of_the_profile(client: TestClient) -> None:
     assert (prose["preferred"], prose["shares"]) == ("prose", {"code": 0.2, "prose": 0.8})
 
 
-def test_deployments_say_which_are_served(built_home: Home, deployment: Any, client: TestClient) -> None:
+def test_deployments_say_which_are_served(built_home: Home, fixed_server: Any, client: TestClient) -> None:
     listed = client.get("/api/deployments").json()
     assert [(item["name"], item["state"]) for item in listed] == [("assistant", "not served")]
-    served = replace(deployment, fingerprint=listed[0]["fingerprint"])
-    with TestClient(create_app(built_home, [served]), base_url="http://127.0.0.1") as other:
-        assert other.get("/api/deployments").json()[0]["state"] == "serving"
-        deployment.server.well = False
-        assert other.get("/api/deployments").json()[0]["state"] == "starting"
+    source = Fixed(built_home, Catalog(built_home).entry("deploy").artifact)
+    server = fixed_server(started=False)
+    with Fleet(lambda version: (source.open(version)[0], server), backoff=Backoff(first=0.0)) as fleet:
+        fleet.apply(source.read())
+        with TestClient(app_of(built_home, fleet), base_url="http://127.0.0.1") as other:
+            assert other.get("/api/deployments").json()[0]["state"] == "starting"
+            server.may_start.set()
+            assert fleet.wait_for(lambda fleet: all(fleet.ready.values()), 30)
+            assert other.get("/api/deployments").json()[0]["state"] == "serving"
+            assert other.get("/v1/models/assistant").json()["max_model_len"] == 512
 
 
 @pytest.mark.parametrize(
@@ -85,7 +101,7 @@ def test_folders_are_not_read_over_http(client: TestClient, built_home: Home) ->
 
 
 def test_with_a_key_only_probes_are_open(built_home: Home) -> None:
-    with TestClient(create_app(built_home, api_key=KEY), base_url="http://moestro.example") as client:
+    with TestClient(app_of(built_home, key=KEY), base_url="http://moestro.example") as client:
         for path in ("/api/runs", "/v1/models", "/metrics", "/openapi.json"):
             assert client.get(path).status_code == 401
             assert client.get(path, headers={"Authorization": f"Bearer {KEY}x"}).status_code == 401
@@ -123,14 +139,26 @@ def test_a_port_in_use_is_refused_before_vllm_starts(built_home: Home) -> None:
     artifact = Catalog(built_home).entry("deploy").artifact
     said: list[str] = []
     with listen("127.0.0.1", 0) as taken:
-        opened = gateway(built_home, artifact, Address(port=taken.getsockname()[1]), say=said.append)
+        opened = gateway(built_home, Fixed(built_home, artifact), Address(port=taken.getsockname()[1]), say=said.append)
         with pytest.raises(BusyError, match="in use"):
             opened.__enter__()
     assert said == []
 
 
-def test_ask_returns_the_text(built_home: Home, deployment: Any) -> None:
-    with serving(create_app(built_home, [deployment]), listen("127.0.0.1", 0)) as url:
+def test_ask_returns_the_text(built_home: Home, fleet: Fleet) -> None:
+    with serving(app_of(built_home, fleet), listen("127.0.0.1", 0)) as url:
         assert ask(url, "assistant", "12 + 7 =", 4) == " 19"
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
+
+
+def test_a_deployment_without_its_checkpoint_is_lost_and_says_why(built_home: Home) -> None:
+    artifact = Catalog(built_home).entry("deploy").artifact
+    shutil.rmtree(Catalog(built_home).entry("compress").path)
+    said: list[str] = []
+    with gateway(built_home, Fixed(built_home, artifact), Address(), say=said.append) as running:
+        with pytest.raises(ResourceError, match="is not in"):
+            running.wait_for_first_starts()
+        assert httpx.get(running.url + "/ready").status_code == 503
+        assert httpx.get(running.url + "/health").status_code == 200
+    assert any("assistant@0 is lost" in line for line in said)

@@ -102,5 +102,5 @@ def _served(
     with VllmServer(model.path, settings, log=job.scratch / "vllm.log") as server:
         server.start()
         load_seconds = time.monotonic() - started
-        scored = score_over_http(server.url, config.name, sequences, shape=shape)
+        scored = score_over_http(server.url, config.name, sequences, shape=shape, api_key=server.api_key)
     return scored, load_seconds

@@ -17,12 +17,17 @@ from moestro.inference.routes import RoutingShape, check_routes
 TIMEOUT_SECONDS = 300
 
 
-def score_over_http(url: str, name: str, sequences: list[list[int]], *, shape: RoutingShape | None) -> list[Scored]:
+def score_over_http(
+    url: str, name: str, sequences: list[list[int]], *, shape: RoutingShape | None, api_key: str = ""
+) -> list[Scored]:
     """Log-probabilities and, with `shape`, routing of `sequences` under the model `name` at `url`.
+
+    `api_key` is what the server wants requests to bear (`VllmServer.api_key`).
 
     Raises `ResourceError` if the server answers anything but what was asked for.
     """
-    with httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS, trust_env=False) as client:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    with httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS, trust_env=False, headers=headers) as client:
         return [_score(client, name, sequence, shape) for sequence in sequences]
 
 

@@ -17,7 +17,6 @@ import sys
 
 GRACE_SECONDS = 10
 PR_SET_PDEATHSIG = 1
-EXIT_POLL_SECONDS = 0.2
 
 
 def die_with_parent() -> None:
@@ -29,13 +28,13 @@ def die_with_parent() -> None:
 def supervise(lifeline: int, command: list[str]) -> int:
     """Run `command` until it ends or the pipe `lifeline` does; returns the command's exit code."""
     child = subprocess.Popen(command, preexec_fn=die_with_parent, stdin=subprocess.DEVNULL)  # noqa: PLW1509
-    while child.poll() is None:
-        if select.select([lifeline], [], [], EXIT_POLL_SECONDS)[0]:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(GRACE_SECONDS)
-            break
-    return child.poll() or 0
+    ended = os.pidfd_open(child.pid)  # readable as soon as the command has ended
+    if lifeline in select.select([lifeline, ended], [], [])[0]:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_SECONDS)
+        return child.poll() or 0
+    return child.wait()
 
 
 def main() -> None:

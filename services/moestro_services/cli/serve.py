@@ -1,8 +1,10 @@
-"""`moestro serve`: the gateway before a deployed model, until Ctrl-C."""
+"""`moestro serve`: the gateway before deployed models, until Ctrl-C."""
 
 import json as json_format
 import sys
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Annotated
 
 import typer
@@ -10,16 +12,19 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moestro_flows.home import Home
-from moestro_services.catalog import Catalog
 from moestro_services.cli.output import Json
 from moestro_services.cli.stopping import until_stopped
-from moestro_services.served import describe
 
 
-def serve(
-    deployment: Annotated[
-        str, typer.Argument(help="The deployment's folder or the beginning of its fingerprint; default the newest.")
-    ] = "deploy",
+def serve(  # noqa: PLR0917
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Registered models to serve, default all; or one deployment by its folder or the beginning of its "
+            "fingerprint. Where nothing is registered, the newest deployment.",
+            show_default=False,
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option("--host", help="Address to bind; other than loopback needs a key.")
     ] = "127.0.0.1",
@@ -27,30 +32,52 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File with the key that requests must bear.")
     ] = None,
+    kv_cache_gib: Annotated[
+        float, typer.Option("--kv-cache-gib", help="Memory of each model server's KV cache in GiB.", min=0.01)
+    ] = 0.5,
+    rollback: Annotated[
+        bool, typer.Option(help="Take a canary or a new champion back that does worse than the other version.")
+    ] = True,
+    rollback_requests: Annotated[int, typer.Option(help="Requests before a version is judged.", min=1)] = 50,
+    rollback_errors: Annotated[
+        float, typer.Option(help="Largest excess of its share of failed requests.", min=0, max=1)
+    ] = 0.05,
+    rollback_latency: Annotated[
+        float, typer.Option(help="Largest ratio of the median times to the first byte.", min=1)
+    ] = 2.0,
+    rollback_minutes: Annotated[float, typer.Option(help="How long a new champion is judged.", min=0)] = 10.0,
     json: Json = False,
 ) -> None:
-    """Serve a deployed model over an OpenAI-compatible REST API until Ctrl-C."""
-    from moestro_services.gateway import launch
+    """Serve models over an OpenAI-compatible REST API until Ctrl-C. Traffic follows the model registry's aliases."""
     from moestro_services.gateway.access import read_key
+    from moestro_services.gateway.launch import Address, following, gateway
+    from moestro_services.gateway.sources import ServerSettings, chosen
+    from moestro_services.gateway.watch import RollbackRule
 
     home = Home.current()
-    artifact = Catalog(home).entry(deployment).artifact
-    name = describe(artifact).name
+    home.prepare()
     key = read_key(api_key_file) if api_key_file else None
+    source = chosen(home, models or (), ServerSettings(kv_cache_gib=kv_cache_gib))
+    rule = RollbackRule(
+        min_requests=rollback_requests,
+        max_error_excess=rollback_errors,
+        max_latency_ratio=rollback_latency,
+        champion_minutes=rollback_minutes,
+    )
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True)
-
-    def ready(url: str) -> None:
+    follow = following(home, rule if rollback else None)
+    opened = gateway(home, source, Address(host, port, key), say=partial(console.print, highlight=False), follow=follow)
+    with until_stopped(console), progress, opened as running:
+        progress.add_task("vLLM is starting")
+        running.wait_until_ready()
         progress.stop()
         if json:
-            sys.stdout.write(json_format.dumps({"url": url, "model": name, "ready": True}) + "\n")
+            names = sorted(running.fleet.ready)
+            sys.stdout.write(json_format.dumps({"url": running.url, "models": names, "ready": True}) + "\n")
             sys.stdout.flush()
         else:
-            Console().print(f"{name} is served at {url}/v1 (Ctrl-C stops it)", highlight=False)
-
-    home.prepare()
-    with until_stopped(console), progress:
-        progress.add_task("vLLM is starting")
-        at = launch.Address(host, port, key)
-        launch.serve(home, artifact, at, say=console.print, ready=ready)
+            served = ", ".join(running.fleet.ready) or "Nothing"
+            Console().print(f"{served} is served at {running.url}/v1 (Ctrl-C stops it)", highlight=False)
+        Event().wait()

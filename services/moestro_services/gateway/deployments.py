@@ -1,4 +1,4 @@
-"""`Deployment`: one version of a model, and the server that answers for it."""
+"""`Deployment`: one version of a model; `ModelServer`: the process that answers for it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,14 +7,28 @@ from moestro.artifacts import Input
 
 
 class ModelServer(Protocol):
-    """A process that speaks vLLM's OpenAI-compatible API."""
+    """A process that speaks vLLM's OpenAI-compatible API, such as `VllmServer`; it can be started again."""
+
+    port: int
+    """Where it listens on loopback."""
+    api_key: str
+    """What requests must bear. Both may change with every start."""
 
     @property
     def url(self) -> str:
         """Its address, without a trailing slash."""
 
+    def start(self, timeout: float = ...) -> None:
+        """Start and wait until it answers; raises `ResourceError` or `BusyError` if it does not."""
+
     def healthy(self) -> bool:
         """Whether it answers requests now."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until its process has ended, at most `timeout` seconds; whether it has."""
+
+    def stop(self) -> None:
+        """End it, whatever it does; ends `start` and `wait` in other threads as well."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,43 @@ STATUS: dict[type[MoestroError], int] = {
 CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
+    403: "not_allowed",
     404: "not_found",
     405: "method_not_allowed",
+    409: "conflict",
     413: "request_too_large",
     503: "model_unavailable",
 }
+
+
+class Refused(Exception):  # noqa: N818
+    """A request that gets no answer from a model. `status`, `code` and `param` are what the client is told."""
+
+    def __init__(self, status: int, message: str, *, code: str = "", param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code or CODES.get(status, "refused")
+        self.param = param
+
+    def response(self) -> JSONResponse:
+        """What the client is told, in OpenAI's words; a 503 says when to come again, a 413 ends the connection."""
+        headers = {503: {"Retry-After": RETRY_AFTER_SECONDS}, 413: {"Connection": "close"}}.get(self.status)
+        return openai_error(self.status, self.message, code=self.code, param=self.param, headers=headers)
+
+
+class UnknownModelError(Refused):
+    """Nothing is served under the name that was asked for."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(404, message, code="model_not_found", param="model")
+
+
+class UnavailableError(Refused):
+    """What was asked for is to be served, but does not answer now."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(503, message)
 
 
 def openai_error(
@@ -30,11 +62,6 @@ def openai_error(
     kind = "invalid_request_error" if status < 500 else "server_error"
     body = {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}
     return JSONResponse({"error": body}, status_code=status, headers=dict(headers or {}))
-
-
-def unavailable(message: str) -> JSONResponse:
-    """The model's server cannot be reached for now."""
-    return openai_error(503, message, headers={"Retry-After": RETRY_AFTER_SECONDS})
 
 
 def api_error(error: MoestroError) -> JSONResponse:

@@ -1,6 +1,5 @@
 """/api: runs, artifacts, experts and deployments, as the records of the home tell them. Read only."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -9,7 +8,7 @@ from moestro.artifacts import LifecycleRun
 from moestro_flows.home import Home
 from moestro_services.catalog import Catalog, Entry
 from moestro_services.expertise import Expertise, read_expertise
-from moestro_services.gateway.deployments import Deployment
+from moestro_services.gateway.fleet import Fleet
 from moestro_services.gateway.schemas import (
     ArtifactDetail,
     ArtifactSummary,
@@ -22,8 +21,8 @@ from moestro_services.served import describe
 Limit = Annotated[int, Query(ge=1, le=10_000, description="The newest so many.")]
 
 
-def inventory(home: Home, deployments: Sequence[Deployment]) -> APIRouter:
-    """The routes under /api over `home`, where `deployments` are those that this gateway serves."""
+def inventory(home: Home, fleet: Fleet) -> APIRouter:
+    """The routes under /api over `home`, where `fleet` is what this gateway serves."""
     refusals: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 404)}
     router = APIRouter(prefix="/api", tags=["inventory"], responses=refusals)
 
@@ -63,9 +62,9 @@ def inventory(home: Home, deployments: Sequence[Deployment]) -> APIRouter:
     @router.get("/deployments")
     def all_deployments() -> list[DeploymentState]:
         """Checkpoints that passed the deployment gate, newest first."""
-        serving = {deployment.fingerprint: deployment for deployment in deployments}
+        states = {replica.fingerprint: replica.state.value for replica in fleet.replicas()}
         entries = [entry for entry in Catalog(home).entries if entry.record.stage == "deploy"]
-        return [_deployment(entry, serving.get(entry.record.fingerprint)) for entry in entries]
+        return [_deployment(entry, states.get(entry.record.fingerprint, "not served")) for entry in entries]
 
     return router
 
@@ -93,9 +92,8 @@ def _artifact(entry: Entry) -> ArtifactSummary:
     )
 
 
-def _deployment(entry: Entry, deployment: Deployment | None) -> DeploymentState:
+def _deployment(entry: Entry, state: str) -> DeploymentState:
     served = describe(entry.artifact)
-    running = "serving" if deployment and deployment.server.healthy() else "starting"
     return DeploymentState(
         name=served.name,
         fingerprint=entry.record.fingerprint,
@@ -103,5 +101,5 @@ def _deployment(entry: Entry, deployment: Deployment | None) -> DeploymentState:
         dtype=served.dtype,
         max_model_len=served.max_model_len,
         created_at=entry.record.created_at,
-        state=running if deployment else "not served",
+        state=state,
     )

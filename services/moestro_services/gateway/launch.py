@@ -1,51 +1,30 @@
-"""From a deployment artifact to an address: vLLM's server behind the gateway."""
+"""From registered models, or one deployment, to an address: vLLM's servers behind the gateway."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import httpx
+from starlette.types import ASGIApp
 
 from moestro.artifacts import Artifact
-from moestro.errors import ArtifactError, ResourceError
-from moestro.inference.server import ServerConfig, VllmServer
+from moestro.errors import ResourceError
 from moestro_flows.home import Home
-from moestro_services.gateway.access import check_exposure
-from moestro_services.gateway.app import create_app
-from moestro_services.gateway.deployments import Deployment
-from moestro_services.gateway.keeper import Keeper
+from moestro_services.gateway.access import Guarded, check_exposure
+from moestro_services.gateway.app import Parts, Wrap, create_app
+from moestro_services.gateway.controller import Controller
+from moestro_services.gateway.fleet import Fleet, Table
 from moestro_services.gateway.listening import listen, serving
-from moestro_services.served import describe
+from moestro_services.gateway.replica import State
+from moestro_services.gateway.sources import Fixed, Source
+from moestro_services.gateway.traffic import Traffic
+from moestro_services.gateway.watch import RollBack, RollbackRule, Watch
 
 LOOPBACK = "127.0.0.1"
 ASK_SECONDS = 300
 
-
-def open_deployment(home: Home, artifact: Artifact) -> tuple[Deployment, VllmServer]:
-    """The deployment that `artifact` describes, and its server, not started yet.
-
-    Raises `ArtifactError` if it is no deployment, or if its checkpoint is missing or not what was published.
-    """
-    served = describe(artifact)
-    checkpoint = home.store.find(served.checkpoint.stage, served.checkpoint.fingerprint)
-    if checkpoint is None:
-        missing = f"{served.checkpoint.stage} {served.checkpoint.fingerprint[:16]}"
-        raise ArtifactError(
-            f"The checkpoint {missing} of deployment {served.name!r} is not in {home.path}.",
-            hint="`moestro run` makes it again.",
-        )
-    config = ServerConfig(name=served.name, dtype=served.dtype, max_model_len=served.max_model_len)
-    server = VllmServer(checkpoint.path, config, log=home.logs / f"vllm-{served.name}.log")
-    deployment = Deployment(
-        name=served.name,
-        fingerprint=artifact.fingerprint,
-        checkpoint=served.checkpoint,
-        dtype=served.dtype,
-        max_model_len=served.max_model_len,
-        created=int(artifact.record.created_at.timestamp()),
-        server=server,
-    )
-    return deployment, server
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -59,40 +38,115 @@ class Address:
     """What requests must bear; needed beyond loopback."""
 
 
-@contextmanager
-def gateway(home: Home, artifact: Artifact, at: Address, *, say: Callable[[str], None]) -> Iterator[tuple[str, Keeper]]:
-    """The gateway before a kept vLLM server; yields its URL, and the keeper, once the model answers.
+@dataclass(frozen=True)
+class Running:
+    """A gateway that answers."""
 
-    The port is taken before vLLM starts, and answers 503 until the model does. Raises `BusyError` if it is in use,
-    `ConfigError` for a host beyond loopback without a key, `ResourceError` if vLLM does not start.
+    url: str
+    fleet: Fleet
+
+    def wait_until_ready(self) -> None:
+        """Wait until every model's champion answers, however often it must be started."""
+        self.fleet.wait_for(lambda fleet: all(fleet.ready.values()))
+
+    def wait_for_first_starts(self) -> None:
+        """Wait until every model's champion answers; raises `ResourceError` if one cannot be started."""
+        self.fleet.wait_for(lambda fleet: all(fleet.ready.values()) or bool(_lost(fleet)))
+        if words := _lost(self.fleet):
+            raise ResourceError(words)
+
+
+@dataclass(frozen=True)
+class Following:
+    """How the gateway follows the registry, and takes versions back."""
+
+    rule: RollbackRule | None = None
+    """When a new version is rolled back; None never does."""
+    roll_back: RollBack | None = None
+    """Does it."""
+    failures: tuple[type[Exception], ...] = field(default=())
+    """What reading the registry and rolling back may raise beside Moestro's own errors."""
+
+
+def following(home: Home, rule: RollbackRule | None) -> Following:
+    """How the model registry of `home` is followed."""
+    del home
+    return Following(rule=rule)
+
+
+@contextmanager
+def gateway(home: Home, source: Source, at: Address, *, say: Say, follow: Following | None = None) -> Iterator[Running]:
+    """The gateway before the servers of what `source` names, while in the block.
+
+    It answers at once, with 503 for models whose servers are still starting. Raises `BusyError` if the port is in
+    use, before anything is started, and `ConfigError` for a host beyond loopback without a key.
     """
     check_exposure(at.host, at.api_key)
-    deployment, server = open_deployment(home, artifact)
-    app = create_app(home, [deployment], api_key=at.api_key)
-    with serving(app, listen(at.host, at.port)) as url:
-        say(f"Starting vLLM for {deployment.name!r}; {url} answers 503 until it is up.")
-        with Keeper(server, say=say) as keeper:
-            yield url, keeper
+    follow = follow or Following()
+    with ExitStack() as stack:
+        made = listen(at.host, at.port)
+        stack.callback(made.close)
+        fleet = stack.enter_context(Fleet(source.open))
+        fleet.watchers.append(Teller(say).follow)
+        watch = None
+        if follow.rule and follow.roll_back:
+            watch = Watch(follow.rule, follow.roll_back, failures=follow.failures)
+            fleet.watchers.append(watch.follow)
+        wraps: tuple[Wrap, ...] = (partial(_door, at.api_key),)
+        app = create_app(Parts(home=home, fleet=fleet, watch=watch, wraps=wraps))
+        url = stack.enter_context(serving(app, made))
+        stack.enter_context(Controller(fleet, source.read, failures=follow.failures))
+        yield Running(url, fleet)
 
 
-def serve(
-    home: Home, artifact: Artifact, at: Address, *, say: Callable[[str], None], ready: Callable[[str], None]
-) -> None:
-    """Serve until interrupted; `ready` is called with the URL when the model answers.
+class Teller:
+    """Says in words what becomes of the servers."""
 
-    Raises what `gateway` raises, and `ResourceError` if the model's server is lost for good.
-    """
-    with gateway(home, artifact, at, say=say) as (url, keeper):
-        ready(url)
-        keeper.gave_up.wait()
-    raise ResourceError("The model's server was lost again and again.", hint=f"Its log lies in {home.logs}.")
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._told: dict[str, tuple[State, str]] = {}
+        self._champions: dict[str, str] = {}
+
+    def follow(self, table: Table) -> None:
+        """Say what is other than before."""
+        for route in table.values():
+            for replica in route.versions.values():
+                now = replica.state, replica.reason
+                if self._told.get(replica.label) != now and (words := _words(*now, replica.label, replica.restarts)):
+                    self._say(words)
+                self._told[replica.label] = now
+            champion = route.champion
+            if champion is not None and champion.serving:
+                before = self._champions.get(route.name, champion.label)
+                if before != champion.label:
+                    self._say(f"{route.name} is now answered by {champion.label} (before: {before}).")
+                self._champions[route.name] = champion.label
+
+
+def _words(state: State, reason: str, label: str, restarts: int) -> str:
+    if state is State.STARTING:
+        return f"Starting vLLM for {label} ..." if not restarts else f"Starting vLLM for {label} again ({restarts}) ..."
+    return {State.SERVING: f"{label} answers.", State.LOST: f"{label} is lost: {reason}"}.get(state, "")
+
+
+def _door(key: str | None, app: ASGIApp, _traffic: Traffic) -> ASGIApp:
+    return Guarded(app, key)
+
+
+def _lost(fleet: Fleet) -> str:
+    found = [f"{state.name}: {state.reason}" for state in fleet.replicas() if state.state is State.LOST]
+    return "; ".join(found)
 
 
 @contextmanager
 def running_gateway(home: Home, artifact: Artifact) -> Iterator[str]:
-    """A gateway for `artifact` on a free loopback port while in the block; yields its URL."""
-    with gateway(home, artifact, Address(), say=lambda _: None) as (url, _keeper):
-        yield url
+    """A gateway for `artifact` on a free loopback port while in the block; yields its URL.
+
+    Raises `ArtifactError` if it is no deployment and `ResourceError` if its server does not start.
+    """
+    with gateway(home, Fixed(home, artifact), Address(), say=lambda _: None) as running:
+        running.wait_for_first_starts()
+        yield running.url
 
 
 def ask(base_url: str, model: str, prompt: str, max_tokens: int) -> str:

@@ -13,6 +13,8 @@ from moestro.errors import BusyError, ConfigError, ResourceError
 
 GRACE_SECONDS = 5
 START_SECONDS = 60
+KEEP_ALIVE_SECONDS = 65
+"""How long an idle client's connection stays open: longer than clients keep one, so that none sends into its end."""
 
 
 def listen(host: str, port: int, *, option: str = "--port") -> socket.socket:
@@ -60,7 +62,12 @@ class _Server(uvicorn.Server):
 def serving(app: Any, made: socket.socket) -> Iterator[str]:
     """Serve `app` on the socket while in the block; yields the URL. Running answers get a few seconds to finish."""
     config = uvicorn.Config(
-        app, log_level="critical", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
+        app,
+        log_level="critical",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        server_header=False,
     )
     server = _Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [made]}, name="gateway", daemon=True)

@@ -1,112 +1,169 @@
-"""Passing a model request to vLLM and its answer back, byte for byte, as it comes.
+"""`Proxy`: the ASGI application behind /v1/completions and /v1/chat/completions.
 
-A client that leaves cancels the request at vLLM at once, whether or not the answer has begun.
+A request's body is parsed once, to see which model it names and what the hooks make of it; what they leave alone goes
+to vLLM byte for byte. Beyond that this module knows nothing of what clients ask and vLLM answers.
 """
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-import anyio
-import httpx
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from moestro_services.gateway.caller import CALLER, LOCAL, Caller
 from moestro_services.gateway.deployments import Deployment
-from moestro_services.gateway.errors import openai_error, unavailable
-from moestro_services.gateway.traffic import MODEL
+from moestro_services.gateway.errors import Refused
+from moestro_services.gateway.exchange import Exchange, Outcome, UntilClientLeaves
+from moestro_services.gateway.fleet import Fleet
+from moestro_services.gateway.replica import Replica
+from moestro_services.gateway.traffic import MODEL, VERSION, Traffic
+from moestro_services.gateway.upstream import Upstream
+from moestro_services.gateway.watch import Watch
 
-REQUEST_HEADERS = ("content-type", "accept", "x-request-id", "traceparent", "tracestate")
-RESPONSE_HEADERS = (
-    "content-type",
-    "content-length",
-    "content-encoding",
-    "cache-control",
-    "x-request-id",
-    "retry-after",
-)
-TIMEOUT = httpx.Timeout(connect=5, read=600, write=60, pool=None)
-EVENT_STREAM = "text/event-stream"
-
-
-def upstream_client() -> httpx.AsyncClient:
-    """The client with which model servers are asked; ignores proxies that the environment names."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
-    return httpx.AsyncClient(timeout=TIMEOUT, limits=limits, trust_env=False)
+REQUEST_HEADERS = ("content-type", "accept", "traceparent", "tracestate")
+REQUEST_ID = "moestro.request_id"
+SPEND = "moestro.spend"
+SESSION_HEADER = "x-session-id"
+MAX_BODY_BYTES = 32 << 20
 
 
-async def read_body(request: Request, limit: int) -> bytes | None:
-    """The request's body, or None if it has more than `limit` bytes."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        return None
+class Answered(Protocol):
+    """Hears of every answer of a model. Neither raises nor waits."""
+
+    def answered(self, deployment: Deployment, path: str, request: bytes, answer: bytes | None) -> None:
+        """`request` was answered by `deployment` with `answer`; None for streams and for what broke off."""
+
+
+class Preparing(Protocol):
+    """May change a request before it goes to the model. Does not wait."""
+
+    def prepare(self, caller: Caller, deployment: Deployment, body: dict[str, Any]) -> dict[str, Any]:
+        """The body to send: `body` itself if it is right, else a new one (never `body` changed in place, at whatever
+        depth: it may go on as the client's own bytes). Raises `Refused`."""
+
+
+class Proxy:
+    """Finds the replica that is to answer, and lets it."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        upstream: Upstream,
+        traffic: Traffic,
+        *,
+        watch: Watch | None = None,
+        answered: Sequence[Answered] = (),
+        preparing: Sequence[Preparing] = (),
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
+        """Bodies of more than `max_body_bytes` are refused with 413."""
+        self._fleet = fleet
+        self._upstream = upstream
+        self._traffic = traffic
+        self._watch = watch
+        self._answered = tuple(answered)
+        self._preparing = tuple(preparing)
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        headers = Headers(scope=scope)
+        try:
+            raw = await read_body(headers, receive, self._max_body_bytes)
+            if raw is None:
+                return
+            body = parsed(raw)
+            caller: Caller = scope.get(CALLER, LOCAL)
+            replica, endpoint = self._fleet.enter(body["model"], sticky(headers, body, caller))
+        except Refused as refused:
+            await self._refuse(refused, scope, receive, send)
+            return
+        deployment = replica.deployment
+        assert deployment is not None
+        scope[MODEL], scope[VERSION] = deployment.name, deployment.version
+        exchange = Exchange(self._upstream, replica, endpoint, send)
+        try:
+            raw = self._prepared(caller, deployment, body, raw)
+            with UntilClientLeaves(receive):
+                await exchange.run(scope["path"], raw, _sent(headers, scope))
+        except Refused as refused:
+            await self._refuse(refused, scope, receive, send)
+        finally:
+            replica.leave()
+            self._account(scope, replica, deployment, raw, exchange.outcome)
+
+    def _prepared(self, caller: Caller, deployment: Deployment, body: dict[str, Any], raw: bytes) -> bytes:
+        """The bytes to send: the client's own, unless a hook changed them or the model goes by another name."""
+        before = dict(body)
+        for hook in self._preparing:
+            body = hook.prepare(caller, deployment, body)
+        if body["model"] != deployment.name:
+            body = body | {"model": deployment.name}
+        return raw if body == before else json.dumps(body).encode()
+
+    async def _refuse(self, refused: Refused, scope: Scope, receive: Receive, send: Send) -> None:
+        self._traffic.refused(refused.code)
+        await refused.response()(scope, receive, send)
+
+    def _account(
+        self, scope: Scope, replica: Replica, deployment: Deployment, request: bytes, outcome: Outcome
+    ) -> None:
+        """Tell everybody who counts."""
+        usage = outcome.usage
+        if usage.total:
+            self._traffic.spent(deployment, usage)
+            if SPEND in scope:
+                scope[SPEND](usage.total)
+        if self._watch and (outcome.failed or outcome.seconds is not None):
+            self._watch.answered(
+                deployment.name,
+                replica.version.version,
+                failed=outcome.failed,
+                streamed=outcome.streamed,
+                seconds=outcome.seconds,
+            )
+        if outcome.seconds is not None and not outcome.failed:
+            for hook in self._answered:
+                hook.answered(deployment, scope["path"], request, outcome.answer)
+
+
+async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes | None:
+    """The request's body, or None if the client left; raises `Refused` if it has more than `limit` bytes."""
+    declared = headers.get("content-length", "")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
+    size = int(declared) if declared.isdecimal() and len(declared) < 19 else len(declared)
+    more = True
+    while size <= limit and more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
             return None
+        body += message.get("body", b"")
+        size = max(size, len(body))
+        more = message.get("more_body", False)
+    if size > limit:
+        raise Refused(413, f"The request has more than {limit} bytes.")
     return bytes(body)
 
 
-def wanted_model(body: bytes) -> str | Response:
-    """The model a request names, or the refusal of a request that names none."""
+def parsed(raw: bytes) -> dict[str, Any]:
+    """The request's body, which names a model; raises `Refused` if it does not."""
     try:
-        parsed = json.loads(body)
+        body = json.loads(raw)
     except (ValueError, RecursionError):
-        return openai_error(400, "The request's body is not valid JSON.", code="invalid_json")
-    model = parsed.get("model") if isinstance(parsed, dict) else None
-    if not isinstance(model, str):
-        return openai_error(400, "The request names no model.", code="missing_model", param="model")
-    return model
+        raise Refused(400, "The request's body is not valid JSON.", code="invalid_json") from None
+    if not isinstance(body, dict) or not isinstance(body.get("model"), str):
+        raise Refused(400, "The request names no model.", code="missing_model", param="model")
+    return body
 
 
-class Forwarded(Response):
-    """The response that a deployment's server gives to `request` with `body`."""
-
-    def __init__(self, client: httpx.AsyncClient, deployment: Deployment, request: Request, body: bytes) -> None:
-        super().__init__()
-        self._client = client
-        self._deployment = deployment
-        self._url = deployment.server.url + request.url.path
-        self._body = body
-        self._sent = {name: request.headers[name] for name in REQUEST_HEADERS if name in request.headers}
-        self._sent["accept-encoding"] = "identity"
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[MODEL] = self._deployment.name
-        async with anyio.create_task_group() as group:
-
-            async def leave_with_client() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
-                group.cancel_scope.cancel()
-
-            group.start_soon(leave_with_client)
-            await self._forward(scope, receive, send)
-            group.cancel_scope.cancel()
-
-    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer: httpx.Response | None = None
-        try:
-            async with self._client.stream("POST", self._url, content=self._body, headers=self._sent) as answer:
-                await send(_start(answer))
-                async for chunk in answer.aiter_raw():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
-        except httpx.TransportError as error:
-            lost = unavailable(f"The server of model {self._deployment.name!r} cannot be reached: {_words(error)}.")
-            if answer is None:
-                await lost(scope, receive, send)
-            elif answer.headers.get("content-type", "").startswith(EVENT_STREAM):
-                event = b"data: " + bytes(lost.body) + b"\n\n"
-                await send({"type": "http.response.body", "body": event})
-            # Else the answer stays incomplete and the server drops the connection, so that the client notices.
+def sticky(headers: Headers, body: Mapping[str, Any], caller: Caller) -> str:
+    """What keeps a client with one version while there is a canary: its session, its user, or its key."""
+    user = body.get("user")
+    return headers.get(SESSION_HEADER) or (user if isinstance(user, str) and user else caller.id)
 
 
-def _start(answer: httpx.Response) -> dict[str, object]:
-    kept = [(name, answer.headers[name]) for name in RESPONSE_HEADERS if name in answer.headers]
-    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in kept]
-    return {"type": "http.response.start", "status": answer.status_code, "headers": headers}
-
-
-def _words(error: httpx.TransportError) -> str:
-    return str(error) or type(error).__name__
+def _sent(headers: Headers, scope: Scope) -> dict[str, str]:
+    sent = {name: headers[name] for name in REQUEST_HEADERS if name in headers}
+    request_id = scope.get(REQUEST_ID) or headers.get("x-request-id")
+    return sent | ({"x-request-id": request_id} if request_id else {})

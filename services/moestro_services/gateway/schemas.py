@@ -33,15 +33,6 @@ class Health(Config):
     """Always so."""
 
 
-class Readiness(Config):
-    """Which models answer."""
-
-    ready: bool
-    """Whether all do."""
-    models: dict[str, bool]
-    """Each model's state."""
-
-
 class ModelCard(Config):
     """A served model, as OpenAI's API describes one."""
 
@@ -128,5 +119,5 @@ class DeploymentState(Config):
     """Longest sequence."""
     created_at: datetime
     """When it passed its gate."""
-    state: Literal["serving", "starting", "not served"]
+    state: Literal["serving", "starting", "draining", "lost", "not served"]
     """How it stands with this gateway."""

@@ -1,0 +1,161 @@
+"""Where a gateway's models come from: all that the registry holds, or one deployment's artifact."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from moestro.artifacts import Artifact
+from moestro.errors import ArtifactError, InputError
+from moestro.inference.server import ServerConfig, VllmServer
+from moestro.registry.model_versions import CHAMPION, ModelVersion, RegisteredModel
+from moestro_flows.home import Home
+from moestro_services.catalog import Catalog
+from moestro_services.gateway.deployments import Deployment, ModelServer
+from moestro_services.served import describe
+
+UNREGISTERED = "0"
+"""The version of a deployment that is served without having been registered."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How every model server is started."""
+
+    kv_cache_gib: float = 0.5
+    """Memory of each server's KV cache in GiB."""
+    threads: int | None = None
+    """Threads of each server; None leaves them to torch."""
+    further: Callable[[Deployment], tuple[Sequence[str], Mapping[str, str]]] | None = None
+    """Further arguments and environment of a deployment's server, asked for before every start."""
+
+
+class Source(Protocol):
+    """Says what is to be served, and opens it."""
+
+    def read(self) -> Sequence[RegisteredModel]:
+        """The models as they are to be served now."""
+
+    def open(self, version: ModelVersion) -> tuple[Deployment, ModelServer]:
+        """What a version consists of, its server not started; raises `ArtifactError` if it is not there."""
+
+
+class Registered:
+    """What the model registry says, of some models or of all."""
+
+    def __init__(
+        self,
+        home: Home,
+        models: Callable[[], Sequence[RegisteredModel]],
+        *,
+        names: Collection[str] = (),
+        settings: ServerSettings | None = None,
+    ) -> None:
+        """`models` reads the registry; `names` are the models to serve, none means all."""
+        self._home = home
+        self._models = models
+        self._names = frozenset(names)
+        self._settings = settings or ServerSettings()
+
+    def read(self) -> Sequence[RegisteredModel]:
+        """The models; raises what reading the registry raises."""
+        return [model for model in self._models() if not self._names or model.name in self._names]
+
+    def open(self, version: ModelVersion) -> tuple[Deployment, ModelServer]:
+        """Deployment and server of a version, its files verified."""
+        artifact = self._home.store.find(version.stage, version.fingerprint)
+        if artifact is None:
+            raise ArtifactError(
+                f"{version.stage} {version.fingerprint[:16]}, which is {version.name}@{version.version}, "
+                f"is not in {self._home.path}."
+            )
+        return open_version(self._home, artifact, version.name, version.version, self._settings)
+
+
+class Fixed:
+    """One deployment's artifact, registered or not."""
+
+    def __init__(self, home: Home, artifact: Artifact, settings: ServerSettings | None = None) -> None:
+        """Raises `ArtifactError` if `artifact` is no deployment."""
+        self.name = describe(artifact).name
+        """The model's name."""
+        self._home = home
+        self._artifact = artifact
+        self._settings = settings or ServerSettings()
+        version = ModelVersion(
+            name=self.name,
+            version=UNREGISTERED,
+            stage=artifact.stage,
+            fingerprint=artifact.fingerprint,
+            created_at=artifact.record.created_at,
+            tags={},
+        )
+        self._model = RegisteredModel(self.name, (version,), {CHAMPION: UNREGISTERED}, 0.0)
+
+    def read(self) -> Sequence[RegisteredModel]:
+        """Always the one."""
+        return [self._model]
+
+    def open(self, version: ModelVersion) -> tuple[Deployment, ModelServer]:
+        """Its deployment and server."""
+        return open_version(self._home, self._artifact, version.name, version.version, self._settings)
+
+
+def registered_models(home: Home) -> Sequence[RegisteredModel]:
+    """What the model registry of `home` holds."""
+    del home
+    return ()
+
+
+def chosen(home: Home, references: Sequence[str], settings: ServerSettings | None = None) -> Source:
+    """What is to be served: the registered models of these names, all of them if there are no names, or the one
+    deployment that a folder or the beginning of a fingerprint means; the newest where nothing is registered.
+
+    Raises `ArtifactError` or `InputError` if there is no such thing.
+    """
+    names = {model.name for model in registered_models(home)}
+    if names and names.issuperset(references):
+        return Registered(home, partial(registered_models, home), names=references, settings=settings)
+    if len(references) > 1:
+        unknown = ", ".join(sorted({*references} - names))
+        raise InputError(f"Not registered: {unknown}.", hint=f"There are {', '.join(sorted(names)) or 'no models'}.")
+    return Fixed(home, Catalog(home).entry(references[0] if references else "deploy").artifact, settings)
+
+
+def open_version(
+    home: Home, artifact: Artifact, name: str, version: str, settings: ServerSettings
+) -> tuple[Deployment, VllmServer]:
+    """The deployment that `artifact` describes, under a name and number, and its server, not started yet.
+
+    Raises `ArtifactError` if it is no deployment, or if its checkpoint is missing or not what was published.
+    """
+    served = describe(artifact)
+    checkpoint = home.store.find(served.checkpoint.stage, served.checkpoint.fingerprint)
+    if checkpoint is None:
+        missing = f"{served.checkpoint.stage} {served.checkpoint.fingerprint[:16]}"
+        raise ArtifactError(
+            f"The checkpoint {missing} of deployment {served.name!r} is not in {home.path}.",
+            hint="`moestro run` makes it again.",
+        )
+    deployment = Deployment(
+        name=name,
+        version=version,
+        fingerprint=artifact.fingerprint,
+        checkpoint=served.checkpoint,
+        dtype=served.dtype,
+        max_model_len=served.max_model_len,
+        created=int(artifact.record.created_at.timestamp()),
+    )
+    arguments, environment = settings.further(deployment) if settings.further else ((), {})
+    config = ServerConfig(
+        name=name,
+        dtype=served.dtype,
+        max_model_len=served.max_model_len,
+        kv_cache_gib=settings.kv_cache_gib,
+        threads=settings.threads,
+        fingerprint=deployment.label,
+        extra_arguments=tuple(arguments),
+        extra_environment=environment,
+    )
+    log = home.logs / f"vllm-{artifact.fingerprint[:16]}-{version}.log"
+    return deployment, VllmServer(checkpoint.path, config, log=log)

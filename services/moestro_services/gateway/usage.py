@@ -1,0 +1,58 @@
+"""How many tokens an answer took, read from its bytes without parsing all of it."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+MARK = b'"usage":{'
+"""Never inside a JSON string, where its quotes would be escaped."""
+TAIL_BYTES = 4096
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request."""
+
+    prompt: int = 0
+    completion: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.prompt + self.completion
+
+
+def read_usage(answer: bytes) -> Usage | None:
+    """The last usage that `answer`, or the end of it, tells; None if it tells none."""
+    at = answer.rfind(MARK)
+    if at < 0:
+        return None
+    text = answer[at + len(MARK) - 1 : at + TAIL_BYTES].decode(errors="replace")
+    try:
+        found: dict[str, Any] = _DECODER.raw_decode(text)[0]
+    except ValueError:
+        return None
+    counts = [found.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return Usage(*(count if isinstance(count, int) else 0 for count in counts))
+
+
+class StreamUsage:
+    """Counts a stream of server-sent events as it passes.
+
+    Without a usage event, which clients get who ask for it, every event counts as one token of the completion: fewer
+    than there were if vLLM put several into one.
+    """
+
+    def __init__(self) -> None:
+        self._lines = 0
+        self._tail = b""
+
+    def add(self, chunk: bytes) -> None:
+        """Some more bytes of the stream."""
+        self._lines += chunk.count(b"\n")  # JSON has none inside: two end an event
+        self._tail = chunk if len(chunk) >= TAIL_BYTES else self._tail[-TAIL_BYTES:] + chunk
+
+    def usage(self) -> Usage:
+        """What it took."""
+        return read_usage(self._tail) or Usage(completion=max(0, self._lines // 2 - 1))
