@@ -27,7 +27,7 @@ from moestro.models.checkpoint import load_model
 
 CONFIG = DeployConfig(
     name="tiny",
-    max_model_len=64,
+    max_model_len=128,
     parity=ParityGate(sequences=3, sequence_length=32),
     quality=QualityGate(
         task=TaskConfig(name="chain_sum", arguments={"max_terms": 2, "max_digits": 1}), problems=8, max_answer_tokens=4
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_dim=32,
         num_local_experts=4,
         num_experts_per_tok=2,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         initializer_range=0.12,
     )
     MixtralForCausalLM(config).save_pretrained(folder)
@@ -94,13 +94,28 @@ def test_a_port_in_use_is_named(checkpoint, tmp_path):
 
 
 def test_a_model_with_fewer_positions_than_are_to_be_served_is_refused(checkpoint, tokens, tmp_path):
-    with pytest.raises(InputError, match=r"max_model_len is 512, the model has 64 positions"):
+    with pytest.raises(InputError, match=r"max_model_len is 512, the model has 128 positions"):
         deploy(DeployConfig(), model=Artifact(checkpoint, "rl", "0" * 64), tokens=tokens, job=job(tmp_path))
 
 
 def test_too_little_held_out_text_is_refused(checkpoint, tokens, tmp_path):
     config = CONFIG.model_copy(update={"parity": ParityGate(sequences=5, sequence_length=32)})
     with pytest.raises(InputError, match="Domain math has 4 held-out windows of 32 tokens"):
+        deploy(config, model=Artifact(checkpoint, "rl", "0" * 64), tokens=tokens, job=job(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("quality", "message"),
+    [
+        ({"max_held_out_loss": {"maths": 2.0}}, "bounds 'maths', which is no domain. Domains are math"),
+        ({"task": TaskConfig(name="chain_sum"), "max_answer_tokens": 100}, "need .* positions, 128 are served"),
+    ],
+)
+def test_what_the_quality_gate_cannot_measure_is_refused_before_anything_starts(
+    checkpoint, tokens, tmp_path, quality, message
+):
+    config = CONFIG.model_copy(update={"quality": QualityGate(**quality)})
+    with pytest.raises(InputError, match=message):
         deploy(config, model=Artifact(checkpoint, "rl", "0" * 64), tokens=tokens, job=job(tmp_path))
 
 

@@ -36,7 +36,7 @@ class QualityGate(Config):
 
     sequence_length: int = Field(256, ge=8)
     """Length of the held-out windows; shorter where `max_model_len` or the text is."""
-    max_tokens: int = Field(8192, ge=64)
+    max_tokens: int = Field(4096, ge=64)
     """Held-out tokens per domain."""
     task: TaskConfig | None = None
     """A task whose answers are checked."""
@@ -64,7 +64,7 @@ class QualityGate(Config):
 class RoutingGate(Config):
     """The health of the routing that vLLM reports for held-out text of all domains."""
 
-    max_tokens: int = Field(4096, ge=8)
+    max_tokens: int = Field(2048, ge=8)
     """Held-out tokens per domain, in windows of `parity.sequence_length`."""
     dead_below: float = Field(0.01, ge=0, lt=1)
     """An expert is dead if its share of its layer's choices is zero, or below this part of an even share."""

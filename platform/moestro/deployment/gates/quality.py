@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from moestro.artifacts import canonical_json
 from moestro.config import QualityGate
 from moestro.data.tasks import Problem, Task
-from moestro.data.tokenizer import load_tokenizer
+from moestro.data.tokenizer import encode, load_tokenizer
 from moestro.deployment.gates.gate import Subject, Verdict, above, digest, finite
 from moestro.errors import InputError
 from moestro.evaluation import Answer, greedy_answers, held_out_loss
@@ -29,7 +29,10 @@ class Quality:
     timed: ClassVar[bool] = False
 
     def __init__(self, subject: Subject) -> None:
-        """Choose text and problems; raises `InputError` for a bound on an unknown domain and for too few problems."""
+        """Choose text and problems.
+
+        Raises `InputError` for a bound on an unknown domain, for too few problems, and for ones too long to be served.
+        """
         self._subject = subject
         gate = subject.config.quality
         if unknown := sorted(set(gate.max_held_out_loss) - set(subject.tokens)):
@@ -44,6 +47,8 @@ class Quality:
         }
         self._task = Task.open(gate.task) if gate.task else None
         self._problems = self._task.problems(gate.problems, split="held_out", seed=PROBLEMS_SEED) if self._task else []
+        self._tokenizer = load_tokenizer(subject.model.path) if self._task else None
+        self._check_length()
 
     def ask(self, endpoint: Endpoint, port: int) -> None:
         """Nothing: the checkpoint is measured, not the server."""
@@ -70,9 +75,19 @@ class Quality:
     def _answers(self, network: PreTrainedModel) -> list[Answer]:
         if self._task is None:
             return []
-        tokenizer = load_tokenizer(self._subject.model.path)
         longest = self._subject.config.quality.max_answer_tokens
-        return greedy_answers(network, tokenizer, self._task, self._problems, longest)
+        return greedy_answers(network, self._tokenizer, self._task, self._problems, longest)
+
+    def _check_length(self) -> None:
+        config = self._subject.config
+        prompts = encode(self._tokenizer, [problem.prompt for problem in self._problems]) if self._task else []
+        longest = max(map(len, prompts), default=0) + config.quality.max_answer_tokens
+        if longest > config.max_model_len:
+            raise InputError(
+                f"The longest problem of deploy.quality.task and its answer need {longest} positions, "
+                f"{config.max_model_len} are served.",
+                hint="Raise deploy.max_model_len, choose shorter problems, or lower deploy.quality.max_answer_tokens.",
+            )
 
     def _task_identity(self, answers: Sequence[Answer]) -> dict[str, object] | None:
         gate = self._subject.config.quality
