@@ -36,6 +36,8 @@ def figures(record: Record) -> str:
         shares = result["specialisation"].items()
         own = [f"{domain} {share:.2f}x" for domain, share in shares if share is not None]  # None: pruned everywhere
         parts = [f"own expert {', '.join(own)}", *parts]
+    if record.stage == "deploy":
+        parts += _served(result)
     return "; ".join(parts)
 
 
@@ -52,9 +54,26 @@ SHOWN: dict[str, tuple[tuple[str, str], ...]] = {
     "compress": (("before.parameters", "parameters"), ("after.parameters", "to"), ("size_ratio", "smaller by")),
     "evaluate": (("task_accuracy", "accuracy"), ("sampled_accuracy", "sampled")),
     "profile": (("dead_experts", "dead experts"),),
-    "deploy": (("max_logprob_difference", "max |dlogp|"), ("routing_agreement", "routes equal")),
+    "deploy": (
+        ("max_logprob_difference", "max |dlogp|"),
+        ("routing_agreement", "routes equal"),
+        ("task_accuracy", "accuracy"),
+        ("dead_experts", "dead experts"),
+        ("load_variation", "load variation"),
+    ),
 }
 """Which figures of a stage's result stand in its row (dots lead inwards), with their labels."""
+
+
+def _served(result: dict[str, Any]) -> list[str]:
+    """Times and memory of a deployment, and how many refusals it was forced past."""
+    shown = {"first_token_seconds": "first token {:.3f} s", "per_token_seconds": "per token {:.4f} s"}
+    parts = [text.format(result[key]) for key, text in shown.items() if result.get(key) is not None]
+    if peak := result.get("peak_memory_bytes"):
+        parts.append(f"peak {peak / 1e9:.2f} GB")
+    if refused := result.get("refused"):
+        parts.append(f"forced past {len(refused)} refusals")
+    return parts
 
 
 def _at(result: Any, key: str) -> Any:

@@ -124,7 +124,7 @@ STAGES: dict[str, Stage] = {
         background=True,
     ),
     "deploy": Stage(
-        version="1",
+        version="2",
         config=config.DeployConfig,
         function="moestro.deployment:deploy",
         inputs=("model", "tokens"),

@@ -24,8 +24,10 @@ class Served(Config):
     """Type vLLM computes in."""
     max_model_len: int
     """Longest sequence served."""
-    gate: dict[str, Any] = Field(default_factory=dict)
-    """Figures and thresholds of the deployment gate."""
+    gates: dict[str, Any] = Field(default_factory=dict)
+    """Figures, thresholds and verdict of every gate, by its name."""
+    forced: str = ""
+    """The reason for which it may be served although gates refused it; empty if they decided."""
 
 
 def describe(artifact: Artifact) -> Served:

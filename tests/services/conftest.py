@@ -383,7 +383,7 @@ def built_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
         "checkpoint": {"stage": "compress", "fingerprint": compressed.fingerprint},
         "dtype": "float32",
         "max_model_len": 512,
-        "gate": gate,
+        "gates": {"parity": {"figures": gate, "passed": True}},
     }
     build.add("deploy", {"model": compressed}, result=gate, files={"deployment.json": served})
     build.finish()

@@ -72,7 +72,7 @@ def deployed_home(tmp_path: Path) -> Path:
         "checkpoint": checkpoint.model_dump(),
         "dtype": "float32",
         "max_model_len": 64,
-        "gate": {},
+        "gates": {},
     }
     publish(
         store,

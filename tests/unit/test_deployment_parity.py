@@ -1,11 +1,10 @@
-"""The deployment gate's figures and its verdict."""
+"""The parity gate's figures and its verdict."""
 
 import numpy as np
 import pytest
 
 from moestro.config import ParityGate
-from moestro.deployment.parity import compare, require_parity
-from moestro.errors import GateError
+from moestro.deployment.gates.parity import compare, refusals
 from moestro.inference.engine import Scored
 
 ROUTES = np.array([[[0, 1], [2, 3]], [[1, 2], [0, 3]]], np.uint8)
@@ -33,16 +32,18 @@ def test_differences_are_counted_per_token_and_layer():
 def test_a_dense_model_has_no_routing_figure():
     parity = compare(served(0.0, None), EXPECTED)
     assert parity.figures()["routing_agreement"] is None
-    require_parity(parity, ParityGate())
+    assert refusals(parity, ParityGate()) == []
 
 
 def test_a_refusal_names_figures_and_thresholds():
     other = ROUTES.copy()
     other[0, 1] = [0, 1]
-    with pytest.raises(GateError, match=r"up to 0\.3 nats.*at most 0\.001.*75\.00% of routings.*99\.00%"):
-        require_parity(compare(served(0.3, other), EXPECTED), ParityGate())
+    logprobs, routes = refusals(compare(served(0.3, other), EXPECTED), ParityGate())
+    assert "differ by up to 0.3 nats (mean 0.1; at most 0.001 is allowed)" in logprobs
+    assert routes == "only 75.00% of routings agree with transformers' (at least 99.00% must)"
 
 
 def test_a_difference_that_is_no_number_is_refused():
-    with pytest.raises(GateError, match="nan"):
-        require_parity(compare(served(float("nan"), ROUTES), EXPECTED), ParityGate())
+    parity = compare(served(float("nan"), ROUTES), EXPECTED)
+    assert "up to nan nats" in refusals(parity, ParityGate())[0]
+    assert parity.figures()["max_logprob_difference"] is None

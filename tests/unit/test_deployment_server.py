@@ -17,14 +17,22 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moestro.artifacts import Artifact, Job
-from moestro.config import DeployConfig, ParityGate
+from moestro.config import DeployConfig, MemoryGate, ParityGate, QualityGate, RoutingGate, TaskConfig
 from moestro.data.tokenizer import train_bpe
 from moestro.deployment import deploy
+from moestro.deployment.comparison import refusals
 from moestro.errors import BusyError, GateError, InputError, ResourceError
 from moestro.inference.server import ServerConfig, VllmServer
 from moestro.models.checkpoint import load_model
 
-CONFIG = DeployConfig(name="tiny", max_model_len=64, parity=ParityGate(sequences=3, sequence_length=32))
+CONFIG = DeployConfig(
+    name="tiny",
+    max_model_len=128,
+    parity=ParityGate(sequences=3, sequence_length=32),
+    quality=QualityGate(
+        task=TaskConfig(name="chain_sum", arguments={"max_terms": 2, "max_digits": 1}), problems=8, max_answer_tokens=4
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_dim=32,
         num_local_experts=4,
         num_experts_per_tok=2,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         initializer_range=0.12,
     )
     MixtralForCausalLM(config).save_pretrained(folder)
@@ -86,13 +94,28 @@ def test_a_port_in_use_is_named(checkpoint, tmp_path):
 
 
 def test_a_model_with_fewer_positions_than_are_to_be_served_is_refused(checkpoint, tokens, tmp_path):
-    with pytest.raises(InputError, match=r"max_model_len is 512, the model has 64 positions"):
+    with pytest.raises(InputError, match=r"max_model_len is 512, the model has 128 positions"):
         deploy(DeployConfig(), model=Artifact(checkpoint, "rl", "0" * 64), tokens=tokens, job=job(tmp_path))
 
 
 def test_too_little_held_out_text_is_refused(checkpoint, tokens, tmp_path):
     config = CONFIG.model_copy(update={"parity": ParityGate(sequences=5, sequence_length=32)})
     with pytest.raises(InputError, match="Domain math has 4 held-out windows of 32 tokens"):
+        deploy(config, model=Artifact(checkpoint, "rl", "0" * 64), tokens=tokens, job=job(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("quality", "message"),
+    [
+        ({"max_held_out_loss": {"maths": 2.0}}, "bounds 'maths', which is no domain. Domains are math"),
+        ({"task": TaskConfig(name="chain_sum"), "max_answer_tokens": 100}, "need .* positions, 128 are served"),
+    ],
+)
+def test_what_the_quality_gate_cannot_measure_is_refused_before_anything_starts(
+    checkpoint, tokens, tmp_path, quality, message
+):
+    config = CONFIG.model_copy(update={"quality": QualityGate(**quality)})
+    with pytest.raises(InputError, match=message):
         deploy(config, model=Artifact(checkpoint, "rl", "0" * 64), tokens=tokens, job=job(tmp_path))
 
 
@@ -109,13 +132,31 @@ def test_the_gate_passes_an_honest_checkpoint(checkpoint, tokens, tmp_path, noth
     result = deploy(CONFIG, model=model, tokens=tokens, job=job(tmp_path))
     deployment = json.loads((tmp_path / "out" / "deployment.json").read_text())
     assert deployment["checkpoint"] == {"stage": "rl", "fingerprint": "0" * 64}
-    assert deployment["gate"]["figures"]["tokens"] == 3 * 31
-    assert deployment["gate"]["figures"]["max_logprob_difference"] <= 1e-4
-    assert deployment["gate"]["figures"]["routing_agreement"] == 1.0
-    assert deployment["gate"]["thresholds"]["max_logprob_difference"] == 1e-3
-    assert deployment["gate"]["routing"] == "compared"
+    gates = deployment["gates"]
+    assert gates["parity"]["figures"]["tokens"] == 3 * 31
+    assert gates["parity"]["figures"]["max_logprob_difference"] <= 1e-4
+    assert gates["parity"]["figures"]["routing_agreement"] == 1.0
+    assert gates["parity"]["thresholds"]["max_logprob_difference"] == 1e-3
+    assert {name: gate["note"] for name, gate in gates.items()} == dict.fromkeys(gates, "")
+    assert {name: gate["passed"] for name, gate in gates.items()} == {
+        **dict.fromkeys(("parity", "quality", "routing"), True),
+        **dict.fromkeys(("latency", "memory"), None),
+    }
+    assert gates["quality"]["figures"]["held_out_loss"]["math"] == pytest.approx(np.log(288), abs=1.5)
+    assert gates["quality"]["evidence"]["task"]["name"] == "chain_sum"
+    assert len(gates["quality"]["evidence"]["task"]["right"]) == 8
+    assert gates["routing"]["figures"]["routed_tokens"] == 4 * 32
+    assert gates["routing"]["figures"]["experts"] == 2 * 4
+    assert gates["memory"]["figures"] == {"weights_bytes": (checkpoint / "model.safetensors").stat().st_size}
+    assert deployment["forced"] == ""
     assert result["load_seconds"] > 0
-    assert "seconds" not in json.dumps(deployment)
+    assert 0 < result["per_token_seconds"] < result["first_token_seconds"] < 60
+    assert result["peak_memory_bytes"] > 100e6  # a server without any model holds more
+    assert result["passed"] == dict.fromkeys(gates, True)
+    assert "refused" not in result
+    times = (str(result[name]) for name in ("load_seconds", "first_token_seconds", "peak_memory_bytes"))
+    assert not any(figure in json.dumps(deployment) for figure in times)
+    assert refusals(deployment, deployment, result=result, champion_result=result) == []
 
 
 @pytest.mark.slow
@@ -125,14 +166,18 @@ def test_where_vllm_returns_no_routing_the_record_says_so(checkpoint, tokens, tm
     config = json.loads((sliding / "config.json").read_text())
     (sliding / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
     deploy(CONFIG, model=Artifact(sliding, "rl", "0" * 64), tokens=tokens, job=job(tmp_path))
-    gate = json.loads((tmp_path / "out" / "deployment.json").read_text())["gate"]
-    assert gate["routing"].startswith("not compared: ")
-    assert gate["figures"]["routing_agreement"] is None
-    assert gate["figures"]["max_logprob_difference"] <= 1e-4
+    gates = json.loads((tmp_path / "out" / "deployment.json").read_text())["gates"]
+    assert gates["parity"]["note"].startswith("routing was not compared: vLLM returns none")
+    assert gates["parity"]["figures"]["routing_agreement"] is None
+    assert gates["parity"]["figures"]["max_logprob_difference"] <= 1e-4
+    assert gates["routing"]["note"].startswith("not measured: ")
+    assert gates["routing"]["figures"] == {}
 
 
 @pytest.mark.slow
-def test_the_gate_refuses_when_other_weights_are_served(checkpoint, tokens, tmp_path, monkeypatch, nothing_left):
+def test_gates_refuse_together_and_are_overruled_by_a_reason(checkpoint, tokens, tmp_path, monkeypatch, nothing_left):
+    """Other weights are served than transformers reads, and every other gate has a bound that cannot be met."""
+
     def perturbed(*args, **kwargs):
         model = load_model(*args, **kwargs)
         with torch.no_grad():
@@ -140,9 +185,30 @@ def test_the_gate_refuses_when_other_weights_are_served(checkpoint, tokens, tmp_
         return model
 
     monkeypatch.setattr("moestro.deployment.stage.load_model", perturbed)
-    with pytest.raises(GateError, match=r"log-probabilities differ by up to .* nats .*at most 0\.001 is allowed"):
-        deploy(CONFIG, model=Artifact(checkpoint, "rl", "0" * 64), tokens=tokens, job=job(tmp_path))
-    assert not list((tmp_path / "out").iterdir())
+    bounds = {
+        "quality": CONFIG.quality.model_copy(update={"max_held_out_loss": {"math": 0.5}, "min_accuracy": 1.0}),
+        "routing": RoutingGate(max_load_variation=1e-6),
+        "latency": CONFIG.latency.model_copy(update={"max_first_token_seconds": 1e-9}),
+        "memory": MemoryGate(max_peak_gib=1e-3),
+    }
+    config, model = CONFIG.model_copy(update=bounds), Artifact(checkpoint, "rl", "0" * 64)
+    expected = (
+        r"5 gates refuse tiny\. parity: .*differ by up to .* nats .*at most 0\.001 is allowed",
+        r"quality: the held-out loss of math is .*at most 0\.5 .*; quality: task accuracy is .*at least 1 ",
+        r"routing: .*load variation is .*; latency: .*first token is .*; memory: the peak .* GiB",
+    )
+    attempt = job(tmp_path)
+    with pytest.raises(GateError, match=r".*".join(expected)) as refused:
+        deploy(config, model=model, tokens=tokens, job=attempt)
+    assert "Nothing was deployed" in refused.value.hint
+    assert not list(attempt.out.iterdir())
+    forced = config.model_copy(update={"force": "a rehearsal"})
+    result = deploy(forced, model=model, tokens=tokens, job=attempt)
+    deployment = json.loads((attempt.out / "deployment.json").read_text())
+    assert deployment["forced"] == "a rehearsal"
+    assert [gate["passed"] for gate in deployment["gates"].values()] == [False, False, False, None, None]
+    assert len(result["refused"]) == 6
+    assert not any(result["passed"].values())
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ START = datetime(2026, 3, 1, 12, tzinfo=timezone(timedelta(hours=2)))
 ORIGINS = [["code", "docs", "seed"], ["code", "docs", "seed"]]
 COUNTS = {"code": [[9, 1, 2], [8, 2, 2]], "docs": [[0, 5, 3], [1, 7, 0]]}
 GATE_MASS = {"code": [[4.5, 0.25, 1.25], [4.0, 1.0, 1.0]], "docs": [[0.0, 2.5, 1.5], [0.5, 3.5, 0.0]]}
-GATE = {"max_logprob_difference": 1e-5, "thresholds": {"max_logprob_difference": 1e-3}}
+GATES = {"parity": {"figures": {"max_logprob_difference": 1e-5}, "thresholds": {"max_logprob_difference": 1e-3}}}
 
 
 def publish(
@@ -67,7 +67,7 @@ def write_files(out: Path, stage: str, roles: dict[str, Input]) -> None:
     if stage == "deploy":
         checkpoint = {"stage": roles["model"].stage, "fingerprint": roles["model"].fingerprint}
         content = {"name": "assistant", "checkpoint": checkpoint, "dtype": "float32", "max_model_len": 512}
-        (out / "deployment.json").write_text(json.dumps(content | {"gate": GATE}))
+        (out / "deployment.json").write_text(json.dumps(content | {"gates": GATES}))
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_deployments(registry: Registry) -> None:
         checkpoint=Input(stage="mix", fingerprint="e" * 64),
         dtype="float32",
         max_model_len=512,
-        gate=GATE,
+        gates=GATES,
         created_at=START + timedelta(minutes=ord("2")),
     )
     assert registry.deployments() == registry.deployments(name="assistant") == [deployment]

@@ -7,12 +7,12 @@ from pydantic import Field, model_validator
 from moestro.config.base import EXECUTION, Config
 from moestro.config.branches import BranchesConfig
 from moestro.config.data import DataConfig, TokensConfig
+from moestro.config.deploying import DeployConfig
 from moestro.config.mixing import MixConfig
 from moestro.config.rl import AnyRl
 from moestro.config.stages import (
     AnyBranch,
     CompressConfig,
-    DeployConfig,
     EvaluateConfig,
     ProfileConfig,
     SeedConfig,
@@ -154,6 +154,15 @@ class LifecycleConfig(Config):
             raise ValueError(
                 f"seed.model.num_attention_heads: {self.seed.model.num_attention_heads} makes heads of {size}, "
                 f"vLLM on CPU serves heads of {', '.join(map(str, SERVED_HEAD_SIZES))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gates_name_domains(self) -> "LifecycleConfig":
+        bounded = self.deploy.quality.max_held_out_loss if self.deploy else {}
+        if unknown := sorted(set(bounded) - set(self.data.names())):
+            raise ValueError(
+                f"deploy.quality.max_held_out_loss: no domain named {unknown}; domains are {list(self.data.names())}"
             )
         return self
 

@@ -149,37 +149,3 @@ class ProfileConfig(Config):
     """Length of the held-out windows."""
     max_tokens: int = Field(16_384, ge=256)
     """Held-out tokens per domain."""
-
-
-class ParityGate(Config):
-    """The served model against transformers, before any traffic."""
-
-    sequences: int = Field(4, ge=1)
-    """Held-out sequences per domain."""
-    sequence_length: int = Field(128, ge=8)
-    """Their length."""
-    max_logprob_difference: float = Field(1e-3, gt=0)
-    """Largest allowed difference of a token's log-probability."""
-    min_routing_agreement: float = Field(0.99, gt=0, le=1)
-    """Smallest allowed share of (token, layer) pairs routed to the same experts."""
-
-
-class DeployConfig(Config):
-    """Serve the final checkpoint."""
-
-    name: str = Field("assistant", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")
-    """Name under which the model is served and registered."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type vLLM computes in."""
-    max_model_len: int = Field(512, ge=64)
-    """Longest sequence served."""
-    parity: ParityGate = ParityGate()
-    """The gate."""
-    sample_prompt: str = "Question: What is 12 + 7?\nAnswer:"
-    """Asked over REST once the deployment stands."""
-
-    @model_validator(mode="after")
-    def _gate_fits(self) -> "DeployConfig":
-        if self.parity.sequence_length >= self.max_model_len:
-            raise ValueError("deploy.parity.sequence_length must be below deploy.max_model_len")
-        return self

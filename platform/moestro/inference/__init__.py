@@ -2,5 +2,5 @@
 
 `engine` generates and scores token ids and refreshes weights, `worker` is its arm inside vLLM's worker, `routes`
 checks what vLLM says about routing, `server` runs the OpenAI-compatible server under `supervisor`, `client` scores
-over HTTP. Importing any of them does not import vLLM.
+over HTTP, `timing` times it, `footprint` weighs its processes. Importing any of them does not import vLLM.
 """

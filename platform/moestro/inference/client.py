@@ -5,6 +5,8 @@ Shapes: S tokens of a sequence, L layers, K chosen experts.
 
 import base64
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -15,35 +17,72 @@ from moestro.inference.engine import Scored
 from moestro.inference.routes import RoutingShape, check_routes
 
 TIMEOUT_SECONDS = 300
+COMPLETIONS = "/v1/completions"
+PROMPTS_PER_REQUEST = 16
 
 
-def score_over_http(
-    url: str, name: str, sequences: list[list[int]], *, shape: RoutingShape | None, api_key: str = ""
-) -> list[Scored]:
-    """Log-probabilities and, with `shape`, routing of `sequences` under the model `name` at `url`.
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model answers."""
 
-    `api_key` is what the server wants requests to bear (`VllmServer.api_key`).
+    url: str
+    """The server's address, without a trailing slash."""
+    model: str
+    """Name of the model in requests."""
+    api_key: str = field(default="", repr=False)
+    """Key that requests bear; empty for a server that asks for none."""
+
+    def client(self) -> httpx.Client:
+        """A client for it; the caller closes it."""
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False)
+
+
+def score_over_http(endpoint: Endpoint, sequences: list[list[int]], *, shape: RoutingShape | None) -> list[Scored]:
+    """Log-probabilities and, with `shape`, routing of `sequences`, one request each.
 
     Raises `ResourceError` if the server answers anything but what was asked for.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    with httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS, trust_env=False, headers=headers) as client:
-        return [_score(client, name, sequence, shape) for sequence in sequences]
+    with endpoint.client() as client:
+        return [_score(client, endpoint.model, sequence, shape) for sequence in sequences]
+
+
+def routes_over_http(endpoint: Endpoint, sequences: list[list[int]], *, shape: RoutingShape) -> list[np.ndarray]:
+    """The expert choices [S, L, K] of every token of `sequences`. Raises as `score_over_http` does."""
+    with endpoint.client() as client:
+        chunks = [
+            sequences[start : start + PROMPTS_PER_REQUEST] for start in range(0, len(sequences), PROMPTS_PER_REQUEST)
+        ]
+        return [routes for chunk in chunks for routes in _routes(client, endpoint.model, chunk, shape)]
 
 
 def _score(client: httpx.Client, name: str, sequence: list[int], shape: RoutingShape | None) -> Scored:
     request = {"model": name, "prompt": sequence, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+    choice = _complete(client, request)[0]
+    steps = zip(sequence[1:], choice["prompt_logprobs"][1:], strict=True)
+    logprobs = np.array([step[str(token)]["logprob"] for token, step in steps], np.float32)
+    return Scored(logprobs, None if shape is None else _decoded(choice, len(sequence), shape))
+
+
+def _routes(client: httpx.Client, name: str, sequences: Sequence[list[int]], shape: RoutingShape) -> list[np.ndarray]:
+    choices = _complete(client, {"model": name, "prompt": list(sequences), "max_tokens": 1, "temperature": 0.0})
+    choices.sort(key=lambda choice: int(choice["index"]))
+    if len(choices) != len(sequences):
+        raise ResourceError(f"The server gave {len(choices)} answers to {len(sequences)} prompts.")
+    return [_decoded(choice, len(sequence), shape) for choice, sequence in zip(choices, sequences, strict=True)]
+
+
+def _complete(client: httpx.Client, request: dict[str, Any]) -> list[dict[str, Any]]:
     try:
-        response = client.post("/v1/completions", json=request)
+        response = client.post(COMPLETIONS, json=request)
     except httpx.HTTPError as error:
         raise ResourceError(f"The server at {client.base_url} does not answer: {error}.") from None
     if response.status_code != httpx.codes.OK:
         raise ResourceError(f"The server answered {response.status_code}: {response.text[:500]}")
-    choice: dict[str, Any] = response.json()["choices"][0]
-    steps = zip(sequence[1:], choice["prompt_logprobs"][1:], strict=True)
-    logprobs = np.array([step[str(token)]["logprob"] for token, step in steps], np.float32)
-    if shape is None:
-        return Scored(logprobs, None)
+    return list(response.json()["choices"])
+
+
+def _decoded(choice: dict[str, Any], rows: int, shape: RoutingShape) -> np.ndarray:
     encoded = choice.get("routed_experts")
     routes = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False) if encoded else None
-    return Scored(logprobs, check_routes(routes, rows=len(sequence), shape=shape))
+    return check_routes(routes, rows=rows, shape=shape)

@@ -13,6 +13,23 @@ def dead_experts(counts: Mapping[str, Tensor]) -> int:
     return int((_pooled(counts) == 0).sum())
 
 
+def unused_experts(counts_LE: Tensor, below: float) -> Tensor:
+    """Which experts [L, E] are dead: chosen never, or with less than `below` times an even share of their layer's
+    choices. There is no standard for `below`; 0.01 is what the deploy stage takes."""
+    even_L1 = counts_LE.double().mean(dim=1, keepdim=True)
+    return (counts_LE == 0) | (counts_LE < below * even_L1)
+
+
+def load_variation(counts_LE: Tensor) -> float:
+    """Coefficient of variation of a layer's loads, standard deviation over mean; the worst layer.
+
+    The experts are all there are, not a sample, so the deviation is the population's. 0 is perfect balance,
+    sqrt(E / K - 1) the most possible. NaN where a layer has no tokens.
+    """
+    load_LE = counts_LE.double()
+    return float((load_LE.std(dim=1, correction=0) / load_LE.mean(dim=1)).max())
+
+
 def max_violation(counts: Mapping[str, Tensor]) -> float:
     """Largest load of an expert over the mean load of its layer, minus 1; the worst layer (MaxVio, arXiv 2408.15664).
 

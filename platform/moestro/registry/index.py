@@ -171,7 +171,7 @@ def _read_deployment(folder: Path, record: Record) -> list[Rows]:
         "checkpoint_stage": content["checkpoint"]["stage"],
         "dtype": content["dtype"],
         "max_model_len": content["max_model_len"],
-        "gate": content["gate"],
+        "gates": content.get("gates", {}),
     }
     return [Rows(DeploymentRow, [row])]
 

@@ -133,7 +133,7 @@ def expert_statistics(connection: Connection, checkpoint: str) -> ExpertStatisti
 
 
 def deployments(connection: Connection, *, name: str | None) -> list[Deployment]:
-    """What passed the gate, newest first, under one name or under any."""
+    """What was deployed, newest first, under one name or under any."""
     query = (
         select(DEPLOYMENTS, ARTIFACTS.c.created_at)
         .join(ARTIFACTS, ARTIFACTS.c.fingerprint == DEPLOYMENTS.c.artifact)
@@ -148,7 +148,7 @@ def deployments(connection: Connection, *, name: str | None) -> list[Deployment]
             checkpoint=Input(stage=row["checkpoint_stage"], fingerprint=row["checkpoint"]),
             dtype=row["dtype"],
             max_model_len=row["max_model_len"],
-            gate=row["gate"],
+            gates=row["gates"],
             created_at=row["created_at"],
         )
         for row in connection.execute(query).mappings()

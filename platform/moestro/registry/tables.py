@@ -201,7 +201,7 @@ class LayerStatisticRow(Base):
 
 
 class DeploymentRow(Base):
-    """A checkpoint that passed the deployment gate."""
+    """A checkpoint that was let through, or forced past, the gates."""
 
     __tablename__ = "deployments"
 
@@ -211,4 +211,4 @@ class DeploymentRow(Base):
     checkpoint_stage: Mapped[str]
     dtype: Mapped[str]
     max_model_len: Mapped[int]
-    gate: Mapped[dict[str, Any]]
+    gates: Mapped[dict[str, Any]]

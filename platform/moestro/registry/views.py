@@ -85,12 +85,12 @@ class ExpertStatistics:
 
 @dataclass(frozen=True)
 class Deployment:
-    """A checkpoint that passed the gate, and the gate's figures."""
+    """A checkpoint that was let through the gates, or forced past them, and their figures."""
 
     name: str
     artifact: str
     checkpoint: Input
     dtype: str
     max_model_len: int
-    gate: Mapping[str, Any]
+    gates: Mapping[str, Any]
     created_at: datetime

@@ -53,7 +53,7 @@ def _sections(story: Story) -> list[Html]:
         section("Reinforcement learning", plots.reward(story)),
         section("Experts", *_experts(story), note="Measured on held-out text that no stage was trained on."),
         section("Answers of the final checkpoint", _samples(story), note="Greedy, to held-out problems."),
-        section("Deployment gate", _gate(story)),
+        section("Deployment gates", _gate(story)),
         section("Steps", _steps(story), note="Times are those of the work, also where an earlier run did it."),
         section("Lineage", diagram(story)),
         section("Config", folded("The complete configuration", tag("pre", _yaml(story)))),
