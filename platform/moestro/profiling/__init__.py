@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moestro.profiling.routing import profile as profile
 
-__all__ = ["profile"]  # noqa: F822  (loaded lazily)
+__all__ = ["profile"]
 
 
 def __getattr__(name: str) -> Any:
