@@ -1,5 +1,7 @@
 """/api/traffic/experts: closed answers, and a 404 that says what to do."""
 
+import base64
+import io
 import json
 from collections.abc import Iterator
 
@@ -21,7 +23,7 @@ from moestro_services.gateway.expert_metrics_sampling import Sampling
 
 
 class Known:
-    def shape(self, deployment: Deployment) -> RoutingShape:
+    def shape(self, _: Deployment) -> RoutingShape:
         return RoutingShape(num_layers=1, num_experts=4, num_experts_per_tok=2)
 
     def profile(self, deployment: Deployment) -> DomainProfile | None:
@@ -42,9 +44,6 @@ def deployed(version: str) -> Deployment:
 
 
 def answer(rows: list[list[int]]) -> bytes:
-    import base64
-    import io
-
     stream = io.BytesIO()
     np.save(stream, np.array(rows, np.uint8)[:, None])
     choice = {"routed_experts": base64.b64encode(stream.getvalue()).decode()}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,8 @@ def asking(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     config = ServerConfig(name="tiny", max_model_len=MAX_MODEL_LEN, threads=1)
     with VllmServer(checkpoint, config, log=tmp_path_factory.mktemp("log") / "vllm.log") as server:
         server.start()
-        made = Asking(lambda _: (server.url, getattr(server, "api_key", "")))
+        at = SimpleNamespace(url=server.url, api_key=getattr(server, "api_key", ""))
+        made = Asking(lambda _: at)
         yield made
         made.close()
 
@@ -76,7 +78,7 @@ class Known:
     def shape(self, deployment: Deployment) -> RoutingShape | None:
         return returned_routing(self.folder, deployment.max_model_len)
 
-    def profile(self, deployment: Deployment) -> None:
+    def profile(self, _: Deployment) -> None:
         return None
 
 

@@ -6,7 +6,7 @@ all of it. Fields that do not shape the prompt are left out, so that nothing els
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -37,6 +37,19 @@ SHAPES_THE_PROMPT = frozenset(
 )
 ASK_SECONDS = 30.0
 
+
+class Reachable(Protocol):
+    """Where a model's server answers."""
+
+    @property
+    def url(self) -> str:
+        """Its address, without a trailing slash."""
+
+    @property
+    def api_key(self) -> str:
+        """What requests must bear; empty for nothing."""
+
+
 Ask = Callable[[Deployment, str, bytes], bytes]
 """Asks the deployment's server at a path with a body; gives the answer's body, or raises a `MoestroError`."""
 
@@ -59,17 +72,19 @@ def asked_again(request: bytes) -> bytes:
 class Asking:
     """`Ask` over HTTP, from any thread but the event loop's."""
 
-    def __init__(self, where: Callable[[Deployment], tuple[str, str]], *, timeout: float = ASK_SECONDS) -> None:
-        """`where` gives a deployment's URL and the key its server wants, or raises a `MoestroError`."""
+    def __init__(self, where: Callable[[Deployment], Reachable], *, timeout: float = ASK_SECONDS) -> None:
+        """`where` tells where a deployment answers now, or raises a `MoestroError`."""
         self._where = where
         self._client = httpx.Client(timeout=timeout, trust_env=False)
 
     def __call__(self, deployment: Deployment, path: str, body: bytes) -> bytes:
         """The answer's body; raises `ResourceError` if there is none, and what `where` raises."""
-        url, key = self._where(deployment)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        at = self._where(deployment)
+        headers = {"Content-Type": "application/json"}
+        if at.api_key:
+            headers["Authorization"] = f"Bearer {at.api_key}"
         try:
-            response = self._client.post(url + path, content=body, headers=headers)
+            response = self._client.post(at.url + path, content=body, headers=headers)
         except httpx.HTTPError as error:
             raise ResourceError(f"The server of {deployment.label} does not answer: {error}.") from None
         if response.status_code != httpx.codes.OK:

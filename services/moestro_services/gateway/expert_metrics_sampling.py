@@ -21,7 +21,7 @@ class Sampling(Config):
     """Bytes of these requests and their answers, at most."""
     idle_requests: int = Field(default=1, ge=0)
     """A stream is asked again only while its model's server answers no more requests than this."""
-    window_seconds: float = Field(default=900, gt=0)
+    window_seconds: float = Field(default=900.0, gt=0)
     """Time over which figures are formed."""
     window_steps: int = Field(default=15, ge=1)
     """Steps in which the window slides on."""
