@@ -104,7 +104,7 @@ def strings(value: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.name)
 def test_no_password_and_no_address_of_a_machine_stands_in_a_file(path: Path) -> None:
-    local = r"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|postgres|prefect|mlflow|gateway)"
+    local = r"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|postgres|prefect|mlflow|gateway|prometheus)"
     for document in yaml.safe_load_all(path.read_text()):
         for address in re.findall(r"://\S+|://.*", "\n".join(strings(document)).replace(":?set it", "")):
             user, _, rest = address[3:].rpartition("@")
