@@ -4,6 +4,7 @@
     registry.db        the SQLAlchemy registry   mlflow.db, mlflow/   MLflow's store and files
     prefect/           Prefect's database        logs/        what child processes print
     keys/              the gateway's API keys    peers/       environments of what benchmarks compare with
+    configs/           lifecycles that may be started over the API, lifecycles/  those that were
 
 Addresses in the environment win over the embedded parts: PREFECT_API_URL, RAY_ADDRESS, MLFLOW_TRACKING_URI,
 MOESTRO_DATABASE_URL. The environment is read here and nowhere below.
@@ -46,6 +47,16 @@ class Home:
     def logs(self) -> Path:
         """Folder of child processes' output."""
         return self.path / "logs"
+
+    @property
+    def configs(self) -> Path:
+        """Folder of the lifecycle configs that may be started over the gateway's API, put there by the operator."""
+        return self.path / "configs"
+
+    @property
+    def lifecycles(self) -> Path:
+        """Folder of the lifecycles that were started over the gateway's API, a folder each."""
+        return self.path / "lifecycles"
 
     @property
     def lock(self) -> Path:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console, Group
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from moestro.artifacts import Artifact, LifecycleRun, read_runs
 from moestro.config import LifecycleConfig, load_lifecycle
+from moestro.errors import ConfigError
 from moestro_flows.home import Home
 from moestro_services.cli.json_events import JsonEvents
 from moestro_services.cli.output import Json, emit, others_on_stderr
@@ -32,10 +33,13 @@ def run(
         bool, typer.Option(help="At the end, serve the model and ask it the config's sample prompt.")
     ] = True,
     json: Json = False,
+    events: Annotated[
+        Path | None, typer.Option("--events", help="With --json: the file that what happens is written to.")
+    ] = None,
 ) -> None:
     """Run a lifecycle: what is there already is reused, what was interrupted resumes.
 
-    With --json standard error says what happens while it does, one JSON object a line.
+    With --json standard error (or the file --events) says what happens while it does, one JSON object a line.
     """
     from moestro_flows.server import reach
 
@@ -44,12 +48,13 @@ def run(
     home.prepare()
     reach(home)
     console = Console(stderr=True)
-    progress = JsonEvents() if json else LiveProgress(console)
-    with others_on_stderr(), _terminate_like_interrupt(), progress.listening():
-        from moestro_flows.stages import run_lifecycle
+    with _stream(events) as stream:
+        progress = JsonEvents(stream) if json else LiveProgress(console)
+        with others_on_stderr(), _terminate_like_interrupt(), progress.listening():
+            from moestro_flows.stages import run_lifecycle
 
-        lifecycle_run = _record(home, run_lifecycle(config, loaded.name))
-        answer = _ask(home, loaded, lifecycle_run, None if json else console) if ask and loaded.deploy else None
+            lifecycle_run = _record(home, run_lifecycle(config, loaded.name))
+            answer = _ask(home, loaded, lifecycle_run, None if json else console) if ask and loaded.deploy else None
     from moestro_flows.summary import rows
 
     table = rows(lifecycle_run, home.store)
@@ -124,6 +129,20 @@ def _plan_table(rows: list[dict[str, Any]]) -> Iterator[Any]:
         style = STYLES.get(row["action"], "")
         shown.add_row(row["step"], row["action"], row["work"], escape(row["reason"]), row["artifact"], style=style)
     yield shown
+
+
+@contextmanager
+def _stream(events: Path | None) -> Iterator[TextIO | None]:
+    """The file `events`, open to be written at its end; raises `ConfigError` if it cannot be."""
+    if events is None:
+        yield None
+        return
+    try:
+        stream = events.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{events} cannot be written ({error.strerror}).") from None
+    with stream:
+        yield stream
 
 
 @contextmanager

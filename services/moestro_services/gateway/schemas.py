@@ -7,6 +7,9 @@ from moestro.artifacts import Input, Record, Status
 from moestro.config import Config
 from moestro_services.catalog import Ancestor
 
+ServingState = Literal["serving", "starting", "draining", "lost", "not served"]
+"""`lost`: its process ended and is being started again."""
+
 
 class ErrorBody(Config):
     """What went wrong and what to do."""
@@ -109,6 +112,8 @@ class DeploymentState(Config):
 
     name: str
     """The model's name."""
+    version: str = ""
+    """Its version in the model registry, if a process of this gateway answers for it."""
     fingerprint: str
     """The deployment's artifact."""
     checkpoint: Input
@@ -119,5 +124,5 @@ class DeploymentState(Config):
     """Longest sequence."""
     created_at: datetime
     """When it passed its gate."""
-    state: Literal["serving", "starting", "draining", "lost", "not served"]
+    state: ServingState
     """How it stands with this gateway."""

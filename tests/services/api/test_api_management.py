@@ -1,0 +1,126 @@
+"""/api/models and /api/audit: what may be read, what changes, and who may change it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+REGISTER = "/api/models/assistant/versions"
+
+
+def test_a_deployment_becomes_a_version_and_gets_traffic(
+    api: Any, admin: httpx.Client, deployment_fingerprint: str
+) -> None:
+    made = admin.post(REGISTER, json={"deployment": deployment_fingerprint[:12]})
+    assert (made.status_code, made.headers["location"]) == (201, "/api/models/assistant")
+    assert made.json()["aliases"] == {"champion": "1"}
+    admin.post(REGISTER, json={"deployment": deployment_fingerprint})
+    canary = admin.post("/api/models/assistant/promote", json={"share": 0.25}).json()
+    assert (canary["version"], canary["canary_share"]) == ("2", 0.25)
+    done = admin.post("/api/models/assistant/promote", json={"version": "2"}).json()
+    assert (done["aliases"], done["canary_share"]) == ({"champion": "2", "previous": "1"}, 0.0)
+    back = admin.post("/api/models/assistant/rollback").json()
+    assert back["aliases"]["champion"] == "1"
+    assert {entry.actor for entry in api.audit.entries} == {"key-admin"}
+
+
+def test_models_come_with_what_answers_for_them(
+    api: Any, admin: httpx.Client, deployment_fingerprint: str, fake_replica: Any
+) -> None:
+    admin.post(REGISTER, json={"deployment": deployment_fingerprint})
+    api.fleet.running.append(fake_replica("assistant", "1", deployment_fingerprint, in_flight=3, restarts=1))
+    (model,) = admin.get("/api/models").json()
+    assert model == admin.get("/api/models/assistant").json()
+    (version,) = model["versions"]
+    assert (version["aliases"], version["fingerprint"]) == (["champion"], deployment_fingerprint)
+    assert version["replicas"] == [{"state": "serving", "in_flight": 3, "restarts": 1}]
+
+
+def test_a_gate_refuses_unless_it_is_forced(api: Any, admin: httpx.Client, deployment_fingerprint: str) -> None:
+    admin.post(REGISTER, json={"deployment": deployment_fingerprint})
+    api.promotions.refuses = ("held-out loss 2.4 is above 2.1",)
+    refused = admin.post("/api/models/assistant/promote", json={"version": "1"})
+    assert refused.status_code in {400, 409}
+    assert refused.json()["error"]["kind"] == "GateError"
+    assert "2.4 is above 2.1" in refused.json()["error"]["message"]
+    forced = admin.post("/api/models/assistant/promote", json={"version": "1", "force": "measured elsewhere"}).json()
+    assert (forced["forced"], forced["refused"]) == ("measured elsewhere", ["held-out loss 2.4 is above 2.1"])
+
+
+def test_only_a_version_without_an_alias_is_deleted(admin: httpx.Client, deployment_fingerprint: str) -> None:
+    for _ in range(3):
+        admin.post(REGISTER, json={"deployment": deployment_fingerprint})
+    assert admin.delete(f"{REGISTER}/1").status_code == 409
+    assert admin.delete(f"{REGISTER}/2").status_code == 204
+    assert admin.delete(f"{REGISTER}/2").status_code == 404
+    assert [one["version"] for one in admin.get("/api/models/assistant").json()["versions"]] == ["3", "1"]
+
+
+CHANGES = [
+    ("POST", REGISTER, {"deployment": "ffff"}),
+    ("POST", "/api/models/assistant/promote", {}),
+    ("POST", "/api/models/assistant/rollback", {}),
+    ("DELETE", f"{REGISTER}/1", None),
+    ("POST", "/api/lifecycles", {"config": "small"}),
+    ("DELETE", "/api/lifecycles/20260102-030400-abcd", None),
+    ("GET", "/api/audit", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
+def test_changes_and_the_audit_are_for_administrators(
+    api: Any, bearing: Callable[[str], httpx.Client], method: str, path: str, body: Any
+) -> None:
+    api.configured()
+    for word in ("read", "infer"):
+        answer = bearing(word).request(method, path, json=body)
+        assert (answer.status_code, answer.json()["error"]["kind"]) == (403, "HTTPError")
+    assert api.audit.entries == []
+    assert bearing("admin").request(method, path, json=body).status_code != 403
+
+
+def test_the_audit_tells_who_changed_what(admin: httpx.Client, deployment_fingerprint: str) -> None:
+    admin.post(REGISTER, json={"deployment": deployment_fingerprint})
+    admin.post("/api/models/assistant/promote", json={"version": "1"})
+    first, second = admin.get("/api/audit").json()
+    assert [(entry["action"], entry["target"]) for entry in (first, second)] == [
+        ("promote", "assistant@1"),
+        ("register", "assistant@1"),
+    ]
+    assert len(admin.get("/api/audit", params={"limit": 1}).json()) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/api/models/nothing", None, 404),
+        ("GET", "/api/models/..%2f..%2fetc", None, 404),
+        ("POST", REGISTER, {"deployment": "ffffffff"}, 404),
+        ("POST", REGISTER, {"deployment": "../../../etc/passwd"}, 400),
+        ("POST", REGISTER, {"deployment": "mix"}, 400),
+        ("POST", REGISTER, {}, 400),
+        ("POST", "/api/models/assistant/promote", {"share": 1.0}, 400),
+        ("POST", "/api/models/assistant/promote", {"share": "NaN"}, 400),
+        ("POST", "/api/models/assistant/promote", {"version": "newest"}, 400),
+        ("POST", "/api/models/assistant/promote", {"unknown": 1}, 400),
+        ("POST", "/api/models/assistant/promote", {}, 404),
+        ("DELETE", f"{REGISTER}/champion", None, 400),
+        ("PUT", "/api/models/assistant", {}, 405),
+    ],
+)
+def test_mistakes_are_refused(admin: httpx.Client, method: str, path: str, body: Any, status: int) -> None:
+    answer = admin.request(method, path, json=body)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+def test_a_deployment_of_another_model_is_no_version(admin: httpx.Client, deployment_fingerprint: str) -> None:
+    answer = admin.post("/api/models/other/versions", json={"deployment": deployment_fingerprint})
+    assert (answer.status_code, answer.json()["error"]["hint"]) == (404, "POST it to /api/models/assistant/versions.")
+
+
+def test_what_is_no_deployment_is_no_version(api: Any, admin: httpx.Client) -> None:
+    mix = admin.get("/api/artifacts/mix").json()["record"]["fingerprint"]
+    answer = admin.post(REGISTER, json={"deployment": mix})
+    assert (answer.status_code, answer.json()["error"]["kind"]) == (404, "ArtifactError")
