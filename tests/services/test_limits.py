@@ -98,11 +98,16 @@ def test_tokens_are_a_debt_that_is_paid_off_before_the_next_request() -> None:
 
 def test_a_place_is_free_again_whatever_ends_a_request() -> None:
     meter = Meter(Limits(concurrent_requests=1))
-    for error in (RuntimeError, KeyboardInterrupt, GeneratorExit):
-        with pytest.raises(error), meter.request():
+
+    def end(error: type[BaseException]) -> None:
+        with meter.request():
             with pytest.raises(OverLimitError, match="at a time"), meter.request():
                 pass
             raise error
+
+    for error in (RuntimeError, KeyboardInterrupt, GeneratorExit):
+        with pytest.raises(error):
+            end(error)
         assert meter.in_flight == 0
 
 

@@ -46,6 +46,8 @@ class Reason(StrEnum):
     BODY_SIZE = "max_body_bytes"
     BODY_TIME = "body_seconds"
     TIME = "request_seconds"
+    HEAD_SIZE = "head_bytes"
+    HEAD_TIME = "head_seconds"
 
 
 class RefusedError(Exception):

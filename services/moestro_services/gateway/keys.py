@@ -172,8 +172,10 @@ class KeyRing:
         self._keep(keys, seen if now - status.st_mtime_ns > SETTLED_NS else ())
 
     def _keep(self, keys: tuple[Key, ...], seen: tuple[int, ...]) -> None:
-        self._keys, self._seen = keys, seen
+        """Remember them; `_seen` last, which tells other threads that the rest holds."""
+        self._keys = keys
         self._digests = tuple((bytes.fromhex(key.digest), key) for key in keys)
+        self._seen = seen
 
     def _read(self) -> tuple[Key, ...]:
         try:

@@ -12,7 +12,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from logging.handlers import QueueListener, RotatingFileHandler
 from pathlib import Path
@@ -43,7 +43,7 @@ class RequestLog:
     def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES, kept_files: int = KEPT_FILES) -> None:
         self.path = path
         self.lost = 0
-        """Lines left out because the disk could not keep up."""
+        """Lines left out because the disk could not keep up, or took none."""
         self._size = (max_bytes, kept_files)
         self._queue: queue.Queue[logging.LogRecord] = queue.Queue(MOST_WAITING)
         self._listener: QueueListener | None = None
@@ -61,7 +61,7 @@ class RequestLog:
         try:
             self._queue.put_nowait(logging.makeLogRecord({"msg": line}))
         except queue.Full:
-            self.lost += 1
+            self._lose()
 
     def close(self) -> None:
         """Write what waits and close the file. A later line opens it again."""
@@ -75,15 +75,27 @@ class RequestLog:
     def _start(self) -> None:
         with self._starting:
             if self._listener is None:
-                self._listener = QueueListener(self._queue, _File(self.path, *self._size))
-                self._listener.start()
+                listener = _Listener(self._queue, _File(self.path, *self._size, self._lose))
+                listener.start()
+                self._listener = listener
+
+    def _lose(self) -> None:
+        self.lost += 1
+
+
+class _Listener(QueueListener):
+    """The thread that writes; its end waits for its turn in a full queue."""
+
+    def enqueue_sentinel(self) -> None:
+        self.queue.put(self._sentinel)  # type: ignore[attr-defined]
 
 
 class _File(RotatingFileHandler):
     """Opens its file, readable by its owner alone, with the first line."""
 
-    def __init__(self, path: Path, max_bytes: int, kept_files: int) -> None:
+    def __init__(self, path: Path, max_bytes: int, kept_files: int, lose: Callable[[], None]) -> None:
         super().__init__(path, maxBytes=max_bytes, backupCount=kept_files, encoding="utf-8", delay=True)
+        self._lose = lose
 
     def _open(self) -> Any:
         path = Path(self.baseFilename)
@@ -93,6 +105,10 @@ class _File(RotatingFileHandler):
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps(record.msg, separators=(",", ":"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802  (the standard library's name)
+        """A full disk does not fill standard error as well."""
+        self._lose()
 
 
 class Logged:
