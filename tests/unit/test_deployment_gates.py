@@ -30,6 +30,7 @@ from moestro.inference.client import Endpoint, routes_over_http
 from moestro.inference.footprint import machine, peak_memory
 from moestro.inference.routes import RoutingShape
 from moestro.inference.timing import time_over_http
+from moestro.profiling.figures import load_variation
 
 SUM = TaskConfig(name="chain_sum", arguments={"max_terms": 2, "max_digits": 1})
 NAN = float("nan")
@@ -158,6 +159,14 @@ def test_routing_refuses_dead_experts_and_uneven_loads() -> None:
     assert routing.refusals(counts([0, 0]), RoutingGate(max_dead_share=1.0)) == [
         "the worst layer's load variation is nan (it must be a finite number)"
     ]
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (64, 8), (4, 4)])
+def test_load_variation_lies_between_balance_and_all_tokens_on_the_same_experts(experts: int, chosen: int) -> None:
+    worst = counts([9] * chosen + [0] * (experts - chosen))
+    assert load_variation(worst) == pytest.approx(math.sqrt(experts / chosen - 1))
+    assert load_variation(torch.cat([worst, counts([5] * experts)])) == pytest.approx(load_variation(worst))
+    assert load_variation(counts([5] * experts)) == 0
 
 
 def test_many_dead_experts_are_not_all_named() -> None:
