@@ -1,5 +1,7 @@
 """Each gate by itself: what it measures of real tiny models and servers, what it refuses and what it lets pass."""
 
+import base64
+import io
 import json
 import math
 import socket
@@ -290,16 +292,23 @@ def test_a_server_that_is_gone_is_named() -> None:
         time_over_http(Endpoint(url, "tiny"), [[1]], output_tokens=2, concurrency=1)
 
 
-def test_too_few_answers_are_named() -> None:
-    class Short(Stream):
+def test_routes_are_asked_for_one_after_the_other() -> None:
+    class Routed(Stream):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            routes, content = np.array([[[0, token]] for token in request["prompt"]], np.uint8), io.BytesIO()
+            np.save(content, routes)
+            self.asked.append(request)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b'{"choices": []}')
+            encoded = base64.b64encode(content.getvalue()).decode()
+            self.wfile.write(json.dumps({"choices": [{"routed_experts": encoded}]}).encode())
 
-    with upstream(Short) as url, pytest.raises(ResourceError, match="0 answers to 2 prompts"):
-        routes_over_http(Endpoint(url, "tiny"), [[1], [2]], shape=RoutingShape(1, 4, 2))
+    Stream.asked.clear()
+    with upstream(Routed) as url:
+        first, second = routes_over_http(Endpoint(url, "tiny"), [[1, 2], [3]], shape=RoutingShape(1, 4, 2))
+    assert [request["prompt"] for request in Stream.asked] == [[1, 2], [3]]
+    assert (first.tolist(), second.tolist()) == ([[[0, 1]], [[0, 2]]], [[[0, 3]]])
 
 
 HOLDING = """
