@@ -1,5 +1,7 @@
 """Each gate by itself: what it measures of real tiny models and servers, what it refuses and what it lets pass."""
 
+import base64
+import io
 import json
 import math
 import socket
@@ -30,6 +32,7 @@ from moestro.inference.client import Endpoint, routes_over_http
 from moestro.inference.footprint import machine, peak_memory
 from moestro.inference.routes import RoutingShape
 from moestro.inference.timing import time_over_http
+from moestro.profiling.figures import load_variation
 
 SUM = TaskConfig(name="chain_sum", arguments={"max_terms": 2, "max_digits": 1})
 NAN = float("nan")
@@ -160,6 +163,14 @@ def test_routing_refuses_dead_experts_and_uneven_loads() -> None:
     ]
 
 
+@pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (64, 8), (4, 4)])
+def test_load_variation_lies_between_balance_and_all_tokens_on_the_same_experts(experts: int, chosen: int) -> None:
+    worst = counts([9] * chosen + [0] * (experts - chosen))
+    assert load_variation(worst) == pytest.approx(math.sqrt(experts / chosen - 1))
+    assert load_variation(torch.cat([worst, counts([5] * experts)])) == pytest.approx(load_variation(worst))
+    assert load_variation(counts([5] * experts)) == 0
+
+
 def test_many_dead_experts_are_not_all_named() -> None:
     (words,) = routing.refusals(counts([0] * 9 + [7]), RoutingGate(max_load_variation=9))
     assert "5 of layer 0 and 3 more;" in words
@@ -281,16 +292,23 @@ def test_a_server_that_is_gone_is_named() -> None:
         time_over_http(Endpoint(url, "tiny"), [[1]], output_tokens=2, concurrency=1)
 
 
-def test_too_few_answers_are_named() -> None:
-    class Short(Stream):
+def test_routes_are_asked_for_one_after_the_other() -> None:
+    class Routed(Stream):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            routes, content = np.array([[[0, token]] for token in request["prompt"]], np.uint8), io.BytesIO()
+            np.save(content, routes)
+            self.asked.append(request)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b'{"choices": []}')
+            encoded = base64.b64encode(content.getvalue()).decode()
+            self.wfile.write(json.dumps({"choices": [{"routed_experts": encoded}]}).encode())
 
-    with upstream(Short) as url, pytest.raises(ResourceError, match="0 answers to 2 prompts"):
-        routes_over_http(Endpoint(url, "tiny"), [[1], [2]], shape=RoutingShape(1, 4, 2))
+    Stream.asked.clear()
+    with upstream(Routed) as url:
+        first, second = routes_over_http(Endpoint(url, "tiny"), [[1, 2], [3]], shape=RoutingShape(1, 4, 2))
+    assert [request["prompt"] for request in Stream.asked] == [[1, 2], [3]]
+    assert (first.tolist(), second.tolist()) == ([[[0, 1]], [[0, 2]]], [[[0, 3]]])
 
 
 HOLDING = """

@@ -5,7 +5,6 @@ Shapes: S tokens of a sequence, L layers, K chosen experts.
 
 import base64
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,6 @@ from moestro.inference.routes import RoutingShape, check_routes
 
 TIMEOUT_SECONDS = 300
 COMPLETIONS = "/v1/completions"
-PROMPTS_PER_REQUEST = 16
 
 
 @dataclass(frozen=True)
@@ -48,38 +46,36 @@ def score_over_http(endpoint: Endpoint, sequences: list[list[int]], *, shape: Ro
 
 
 def routes_over_http(endpoint: Endpoint, sequences: list[list[int]], *, shape: RoutingShape) -> list[np.ndarray]:
-    """The expert choices [S, L, K] of every token of `sequences`. Raises as `score_over_http` does."""
+    """The expert choices [S, L, K] of every token of `sequences`.
+
+    One request after the other: which of them vLLM computes together would be a matter of time, and can turn a close
+    decision of a router. Raises as `score_over_http` does.
+    """
     with endpoint.client() as client:
-        chunks = [
-            sequences[start : start + PROMPTS_PER_REQUEST] for start in range(0, len(sequences), PROMPTS_PER_REQUEST)
-        ]
-        return [routes for chunk in chunks for routes in _routes(client, endpoint.model, chunk, shape)]
+        return [_routes(client, endpoint.model, sequence, shape) for sequence in sequences]
 
 
 def _score(client: httpx.Client, name: str, sequence: list[int], shape: RoutingShape | None) -> Scored:
     request = {"model": name, "prompt": sequence, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-    choice = _complete(client, request)[0]
+    choice = _complete(client, request)
     steps = zip(sequence[1:], choice["prompt_logprobs"][1:], strict=True)
     logprobs = np.array([step[str(token)]["logprob"] for token, step in steps], np.float32)
     return Scored(logprobs, None if shape is None else _decoded(choice, len(sequence), shape))
 
 
-def _routes(client: httpx.Client, name: str, sequences: Sequence[list[int]], shape: RoutingShape) -> list[np.ndarray]:
-    choices = _complete(client, {"model": name, "prompt": list(sequences), "max_tokens": 1, "temperature": 0.0})
-    choices.sort(key=lambda choice: int(choice["index"]))
-    if len(choices) != len(sequences):
-        raise ResourceError(f"The server gave {len(choices)} answers to {len(sequences)} prompts.")
-    return [_decoded(choice, len(sequence), shape) for choice, sequence in zip(choices, sequences, strict=True)]
+def _routes(client: httpx.Client, name: str, sequence: list[int], shape: RoutingShape) -> np.ndarray:
+    choice = _complete(client, {"model": name, "prompt": sequence, "max_tokens": 1, "temperature": 0.0})
+    return _decoded(choice, len(sequence), shape)
 
 
-def _complete(client: httpx.Client, request: dict[str, Any]) -> list[dict[str, Any]]:
+def _complete(client: httpx.Client, request: dict[str, Any]) -> dict[str, Any]:
     try:
         response = client.post(COMPLETIONS, json=request)
     except httpx.HTTPError as error:
         raise ResourceError(f"The server at {client.base_url} does not answer: {error}.") from None
     if response.status_code != httpx.codes.OK:
         raise ResourceError(f"The server answered {response.status_code}: {response.text[:500]}")
-    return list(response.json()["choices"])
+    return dict(response.json()["choices"][0])
 
 
 def _decoded(choice: dict[str, Any], rows: int, shape: RoutingShape) -> np.ndarray:
