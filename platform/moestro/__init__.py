@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moestro.mixing import remove as remove
     from moestro.profiling import profile as profile
     from moestro.seeding import seed as seed
+    from moestro.steering import steer as steer
     from moestro.tuning import tune as tune
 
 _STAGES = (
@@ -32,6 +33,7 @@ _STAGES = (
     "profile",
     "remove",
     "seed",
+    "steer",
     "tokens",
     "tune",
 )

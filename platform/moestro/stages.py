@@ -123,6 +123,13 @@ STAGES: dict[str, Stage] = {
         per_domain=("tokens",),
         background=True,
     ),
+    "steer": Stage(
+        version="1",
+        config=config.AnyProfile,
+        function="moestro.steering:steer",
+        inputs=("model", "tokens"),
+        per_domain=("tokens",),
+    ),
     "deploy": Stage(
         version="2",
         config=config.DeployConfig,

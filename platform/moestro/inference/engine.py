@@ -139,6 +139,7 @@ class VllmEngine:
                 worker_extension_cls=WORKER_EXTENSION,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
+                **self._further_arguments(),
             )
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
@@ -198,9 +199,16 @@ class VllmEngine:
             # A per-request seed would end vLLM's CPU engine once it prefills in chunks ("CPU Generator does not
             # use offset"), so the worker's own generator is seeded.
             self._llm.collective_rpc("seed_sampling", args=(seed,))
-            requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-            outputs: list[Any] = self._llm.generate(requests, params, use_tqdm=False)
+            outputs: list[Any] = self._llm.generate(*self._requests(prompts, params), use_tqdm=False)
         return outputs
+
+    def _further_arguments(self) -> dict[str, Any]:
+        """What vLLM is told beside the config's fields."""
+        return {}
+
+    def _requests(self, prompts: list[list[int]], params: Any) -> tuple[list[Any], Any]:
+        """The prompts as vLLM takes them, and the parameters of all, or of each."""
+        return [{"prompt_token_ids": prompt} for prompt in prompts], params
 
     def _check_room(self, prompts: list[list[int]], max_tokens: int) -> None:
         longest = max(map(len, prompts), default=0)
