@@ -5,8 +5,9 @@ import asyncio
 import json
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from safetensors.numpy import save_file
 from starlette.types import Message, Receive, Scope, Send
 
-from moestro.artifacts import Artifact, Input, LifecycleRun, Record, StepRun, digest_files, fingerprint
+from moestro.artifacts import Artifact, ArtifactStore, Input, LifecycleRun, Record, StepRun, digest_files, fingerprint
 from moestro.config import LifecycleConfig, validate
 from moestro.errors import ResourceError
 from moestro.registry.model_versions import ModelVersion, RegisteredModel
@@ -388,3 +389,69 @@ def built_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     build.add("deploy", {"model": compressed}, result=gate, files={"deployment.json": served})
     build.finish()
     return home
+
+
+def tiny_mixtral(out: Path, seed: int) -> None:
+    """A random Mixtral, with a tokenizer, that a real vLLM serves."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from moestro.data.tokenizer import train_bpe
+
+    tokenizer = train_bpe(["Question: What is 12 + 7?\nAnswer: 19\n"] * 4, 300)
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    MixtralForCausalLM(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+@pytest.fixture
+def deploy_tiny() -> Callable[..., Artifact]:
+    """Publishes a tiny Mixtral and a deployment of it, named `tiny`, in a home."""
+
+    def publish(
+        store: ArtifactStore, stage: str, inputs: dict[str, Input], fill: Callable[[Path], Any], seed: int
+    ) -> Artifact:
+        identity = fingerprint(stage, "1", {"seed": seed}, {role: item.fingerprint for role, item in inputs.items()})
+        with store.work(stage, identity) as work:
+            fill(work.out)
+            record = Record(
+                stage=stage,
+                version="1",
+                fingerprint=identity,
+                inputs=inputs,
+                config={"seed": seed},
+                result={},
+                files=digest_files(work.out),
+                code_version="0.1.0",
+                created_at=STARTED,
+                seconds=1.0,
+            )
+            return store.publish(work, record)
+
+    def deploy(home: Path, *, seed: int) -> Artifact:
+        store = ArtifactStore(home)
+        model = publish(store, "compress", {}, lambda out: tiny_mixtral(out, seed), seed)
+        checkpoint = Input(stage="compress", fingerprint=model.fingerprint)
+        served = {"name": "tiny", "checkpoint": checkpoint.model_dump(), "dtype": "float32", "max_model_len": 64}
+        fill = partial(_write, served)
+        return publish(store, "deploy", {"model": checkpoint}, fill, seed)
+
+    return deploy
+
+
+def _write(served: dict[str, Any], out: Path) -> None:
+    (out / "deployment.json").write_text(json.dumps(served))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +14,12 @@ import httpx
 import openai
 import psutil
 import pytest
-import torch
-from transformers import MixtralConfig, MixtralForCausalLM
-
-from moestro.artifacts import Artifact, ArtifactStore, Input, Record, digest_files, fingerprint
-from moestro.data.tokenizer import train_bpe
-
-
-def publish(store: ArtifactStore, stage: str, inputs: dict[str, Input], fill: Any) -> Artifact:
-    identity = fingerprint(stage, "1", {}, {role: item.fingerprint for role, item in inputs.items()})
-    with store.work(stage, identity) as work:
-        fill(work.out)
-        record = Record(
-            stage=stage,
-            version="1",
-            fingerprint=identity,
-            inputs=inputs,
-            config={},
-            result={},
-            files=digest_files(work.out),
-            code_version="0.1.0",
-            created_at=datetime(2026, 1, 1, tzinfo=UTC),
-            seconds=1.0,
-        )
-        return store.publish(work, record)
-
-
-def tiny_mixtral(out: Path) -> None:
-    tokenizer = train_bpe(["Question: What is 12 + 7?\nAnswer: 19\n"] * 4, 300)
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    MixtralForCausalLM(config).save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 @pytest.fixture
-def deployed_home(tmp_path: Path) -> Path:
-    store = ArtifactStore(tmp_path / "home")
-    model = publish(store, "compress", {}, tiny_mixtral)
-    checkpoint = Input(stage="compress", fingerprint=model.fingerprint)
-    served = {
-        "name": "tiny",
-        "checkpoint": checkpoint.model_dump(),
-        "dtype": "float32",
-        "max_model_len": 64,
-        "gates": {},
-    }
-    publish(
-        store,
-        "deploy",
-        {"model": checkpoint},
-        lambda out: (out / "deployment.json").write_text(json.dumps(served)),
-    )
-    return store.root
+def deployed_home(tmp_path: Path, deploy_tiny: Any) -> Path:
+    deploy_tiny(tmp_path / "home", seed=0)
+    return tmp_path / "home"
 
 
 @contextmanager
@@ -136,7 +75,9 @@ def test_a_real_model_is_served_and_nothing_stays(deployed_home: Path) -> None:
             client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hello"}])
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="tiny", prompt="1 " * 200, max_tokens=8)
-        assert httpx.get(f"{url}/ready").json() == {"ready": True, "models": {"tiny": True}}
+        assert whole.system_fingerprint == "tiny@0"
+        ready = httpx.get(f"{url}/ready").json()
+        assert (ready["ready"], ready["models"]) == (True, {"tiny": True})
         assert httpx.get(f"{url}/api/deployments").json()[0]["state"] == "serving"
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

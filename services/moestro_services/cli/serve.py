@@ -15,37 +15,37 @@ from moestro_flows.home import Home
 from moestro_services.cli.output import Json
 from moestro_services.cli.stopping import until_stopped
 
+MODELS = (
+    "Registered models to serve, default all; or one deployment by its folder or the beginning of its fingerprint. "
+    "Where nothing is registered, the newest deployment."
+)
+Models = Annotated[list[str] | None, typer.Argument(help=MODELS, show_default=False)]
+Host = Annotated[str, typer.Option("--host", help="Address to bind; other than loopback needs a key.")]
+Port = Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)]
+KeyFile = Annotated[Path | None, typer.Option("--api-key-file", help="File with the key that requests must bear.")]
+CacheSize = Annotated[
+    float, typer.Option("--kv-cache-gib", help="Memory of each model server's KV cache in GiB.", min=0.01)
+]
+Rollback = Annotated[
+    bool, typer.Option(help="Take a canary or a new champion back that does worse than the other version.")
+]
+Requests = Annotated[int, typer.Option(help="Requests before a version is judged.", min=1)]
+Errors = Annotated[float, typer.Option(help="Largest excess of its share of failed requests.", min=0, max=1)]
+Latency = Annotated[float, typer.Option(help="Largest ratio of its median time to the first byte.", min=1)]
+Minutes = Annotated[float, typer.Option(help="How long a new champion is judged.", min=0)]
+
 
 def serve(  # noqa: PLR0917
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Registered models to serve, default all; or one deployment by its folder or the beginning of its "
-            "fingerprint. Where nothing is registered, the newest deployment.",
-            show_default=False,
-        ),
-    ] = None,
-    host: Annotated[
-        str, typer.Option("--host", help="Address to bind; other than loopback needs a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="File with the key that requests must bear.")
-    ] = None,
-    kv_cache_gib: Annotated[
-        float, typer.Option("--kv-cache-gib", help="Memory of each model server's KV cache in GiB.", min=0.01)
-    ] = 0.5,
-    rollback: Annotated[
-        bool, typer.Option(help="Take a canary or a new champion back that does worse than the other version.")
-    ] = True,
-    rollback_requests: Annotated[int, typer.Option(help="Requests before a version is judged.", min=1)] = 50,
-    rollback_errors: Annotated[
-        float, typer.Option(help="Largest excess of its share of failed requests.", min=0, max=1)
-    ] = 0.05,
-    rollback_latency: Annotated[
-        float, typer.Option(help="Largest ratio of the median times to the first byte.", min=1)
-    ] = 2.0,
-    rollback_minutes: Annotated[float, typer.Option(help="How long a new champion is judged.", min=0)] = 10.0,
+    models: Models = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key_file: KeyFile = None,
+    kv_cache_gib: CacheSize = 0.5,
+    rollback: Rollback = True,
+    rollback_requests: Requests = 50,
+    rollback_errors: Errors = 0.05,
+    rollback_latency: Latency = 2.0,
+    rollback_minutes: Minutes = 10.0,
     json: Json = False,
 ) -> None:
     """Serve models over an OpenAI-compatible REST API until Ctrl-C. Traffic follows the model registry's aliases."""
@@ -56,7 +56,7 @@ def serve(  # noqa: PLR0917
 
     home = Home.current()
     home.prepare()
-    key = read_key(api_key_file) if api_key_file else None
+    at = Address(host, port, read_key(api_key_file) if api_key_file else None)
     source = chosen(home, models or (), ServerSettings(kv_cache_gib=kv_cache_gib))
     rule = RollbackRule(
         min_requests=rollback_requests,
@@ -67,17 +67,20 @@ def serve(  # noqa: PLR0917
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True)
-    follow = following(home, rule if rollback else None)
-    opened = gateway(home, source, Address(host, port, key), say=partial(console.print, highlight=False), follow=follow)
+    say = partial(console.print, highlight=False, markup=False)
+    opened = gateway(home, source, at, say=say, follow=following(home, rule if rollback else None))
     with until_stopped(console), progress, opened as running:
         progress.add_task("vLLM is starting")
         running.wait_until_ready()
         progress.stop()
-        if json:
-            names = sorted(running.fleet.ready)
-            sys.stdout.write(json_format.dumps({"url": running.url, "models": names, "ready": True}) + "\n")
-            sys.stdout.flush()
-        else:
-            served = ", ".join(running.fleet.ready) or "Nothing"
-            Console().print(f"{served} is served at {running.url}/v1 (Ctrl-C stops it)", highlight=False)
+        _announce(running.url, sorted(running.fleet.ready), json=json)
         Event().wait()
+
+
+def _announce(url: str, models: list[str], *, json: bool) -> None:
+    if json:
+        sys.stdout.write(json_format.dumps({"url": url, "models": models, "ready": True}) + "\n")
+        sys.stdout.flush()
+    else:
+        served = ", ".join(models) or "Nothing yet"
+        Console().print(f"{served} at {url}/v1 (Ctrl-C stops it)", highlight=False, markup=False)

@@ -171,10 +171,9 @@ class Fleet:
         """Start what is wanted, move names to what answers, let go of what nobody is sent to."""
         with self._lock:
             if not self._closed:
-                wanted = [self._replica(version) for model in self._models for version in self._wanted(model)]
                 before, table = self._table, {model.name: self._route(model) for model in self._models}
                 self._table = MappingProxyType(table)
-                used = {*wanted, *(replica for route in table.values() for replica in route.aliases.values())}
+                used = {replica for route in table.values() for replica in route.versions.values()}
                 for key, replica in list(self._replicas.items()):
                     if replica not in used:
                         self._retire(key)
@@ -200,6 +199,7 @@ class Fleet:
         return self._replicas[key]
 
     def _route(self, model: RegisteredModel) -> Route:
+        wanted_now = [self._replica(version) for version in self._wanted(model)]
         before = self._table.get(model.name)
         aliases: dict[str, Replica] = {}
         moved = set()
@@ -213,11 +213,11 @@ class Fleet:
             aliases[alias] = held if keep and held is not None else wanted
             if not keep and wanted.serving:
                 moved.add(alias)
-        mine = [replica for replica in self._replicas.values() if replica.version.name == model.name]
+        used = dict.fromkeys((*wanted_now, *aliases.values()))
         return Route(
             name=model.name,
             aliases=MappingProxyType(aliases),
-            versions=MappingProxyType({replica.version.version: replica for replica in mine}),
+            versions=MappingProxyType({replica.version.version: replica for replica in used}),
             registered=frozenset(version.version for version in model.versions),
             canary_share=model.canary_share if CHALLENGER in moved else 0.0,
         )

@@ -1,0 +1,141 @@
+"""Real vLLM processes behind the gateway, killed, promoted and rolled back while clients ask without a pause."""
+
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from moestro.registry.model_versions import ModelVersion, RegisteredModel
+from moestro_flows.home import Home
+from moestro_services.gateway.launch import Address, gateway
+from moestro_services.gateway.sources import Registered, ServerSettings
+
+ASK: dict[str, Any] = {"model": "tiny", "prompt": "Question: What is", "max_tokens": 16, "temperature": 0}
+CLIENTS = 4
+WAIT = 300
+
+
+class Clients:
+    """Ask and ask again, half of them for streams, and keep what they got by status and version."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.seen: Counter[tuple[int, str]] = Counter()
+        self.odd: list[str] = []
+        self._changed = threading.Condition()
+        self._over = False
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
+
+    def __enter__(self) -> "Clients":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True
+        for thread in self._threads:
+            thread.join(WAIT)
+
+    def until(self, status: int, version: str, more: int = 10) -> None:
+        """Wait for so many more answers of that kind."""
+        with self._changed:
+            wanted = self.seen[status, version] + more
+            assert self._changed.wait_for(lambda: self.seen[status, version] >= wanted or self.odd, WAIT)
+
+    def _ask(self, number: int) -> None:
+        stream = bool(number % 2)
+        with httpx.Client(timeout=WAIT) as client:
+            while not self._over:
+                try:
+                    response = client.post(self.url + "/v1/completions", json=ASK | {"stream": stream})
+                    self._note(response)
+                except httpx.RemoteProtocolError as error:  # an answer that had begun: it cannot be told otherwise
+                    self._count(0, type(error).__name__)
+
+    def _note(self, response: httpx.Response) -> None:
+        text = response.text
+        if response.status_code != 200:
+            if "Retry-After" not in response.headers or response.json()["error"]["code"] != "model_unavailable":
+                self.odd.append(text)
+            self._count(response.status_code, "")
+            return
+        found = {name for name in ("tiny@1", "tiny@2") if f'"system_fingerprint":"{name}"' in text}
+        if len(found) != 1:
+            self.odd.append(text)
+        whole = "[DONE]" in text or '"usage":{' in text
+        self._count(200 if whole else 0, found.pop() if found else "")
+
+    def _count(self, status: int, version: str) -> None:
+        with self._changed:
+            self.seen[status, version] += 1
+            self._changed.notify_all()
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """The children of this process whose command line or name contains `name`."""
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if name in " ".join([child.name(), *child.cmdline()]) and "supervisor" not in " ".join(child.cmdline())
+    ]
+
+
+@pytest.mark.slow
+def test_killed_promoted_and_rolled_back_under_load(tmp_path: Path, deploy_tiny: Any) -> None:
+    home = Home(tmp_path / "home")
+    artifacts = [deploy_tiny(home.path, seed=seed) for seed in (1, 2)]
+    versions = tuple(
+        ModelVersion("tiny", str(number), "deploy", artifact.fingerprint, artifact.record.created_at, {})
+        for number, artifact in enumerate(artifacts, 1)
+    )
+    aliases: dict[str, str] = {"champion": "1"}
+    home.prepare()
+
+    def registry() -> list[RegisteredModel]:
+        return [RegisteredModel("tiny", versions, dict(aliases), 0.0)]
+
+    source = Registered(home, registry, settings=ServerSettings(kv_cache_gib=0.05, threads=1))
+    said: list[str] = []
+    with gateway(home, source, Address(), say=said.append) as running:
+        running.wait_for_first_starts()
+        with Clients(running.url) as clients:
+            clients.until(200, "tiny@1")
+            (server,) = processes("api_server")
+            killed = time.monotonic()
+            server.kill()
+            clients.until(503, "")
+            assert time.monotonic() - killed < 10
+            clients.until(200, "tiny@1")
+        assert clients.odd == []
+        assert running.fleet.replicas()[0].restarts == 1
+
+        with Clients(running.url) as clients:
+            clients.until(200, "tiny@1")
+            aliases |= {"champion": "2", "previous": "1"}
+            running.fleet.kick()
+            clients.until(200, "tiny@2")
+            aliases |= {"champion": "1", "previous": "2"}
+            running.fleet.kick()
+            clients.until(200, "tiny@1")
+            aliases |= {"champion": "2"}
+            del aliases["previous"]
+            running.fleet.kick()
+            clients.until(200, "tiny@2")
+            assert running.fleet.wait_for(lambda fleet: len(fleet.replicas()) == 1, WAIT)
+        assert clients.odd == []
+        assert set(clients.seen) == {(200, "tiny@1"), (200, "tiny@2")}
+
+        with Clients(running.url) as clients:
+            clients.until(200, "tiny@2")
+            (engine,) = processes("EngineCore")
+            engine.kill()
+            clients.until(503, "")
+            clients.until(200, "tiny@2")
+        assert clients.odd == []
+    assert processes("api_server") == []
+    assert "tiny is now answered by tiny@2 (before: tiny@1)." in said

@@ -1,0 +1,163 @@
+"""A canary or new champion that does worse is rolled back, once; what does as well, or is not new, stays."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from moestro.errors import BusyError
+from moestro_services.gateway.fleet import Fleet
+from moestro_services.gateway.replica import Backoff
+from moestro_services.gateway.watch import RollbackRule, Watch
+
+RULE = RollbackRule(min_requests=20, max_error_excess=0.1, max_latency_ratio=2.0, latency_slack_seconds=0.05)
+
+
+class Rolled:
+    """Hears of rollbacks."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, str]] = []
+        self.changed = threading.Condition()
+        self.busy = 0
+
+    def __call__(self, name: str, reason: str) -> None:
+        with self.changed:
+            self.heard.append((name, reason))
+            self.changed.notify_all()
+            if self.busy:
+                self.busy -= 1
+                raise BusyError("Somebody promotes.")
+
+    def times(self, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.heard) >= count, 30)
+            assert len(self.heard) == count
+
+
+class Scene:
+    """A fleet of two versions whose answers a test makes up."""
+
+    def __init__(self, fleet: Fleet, models: Any) -> None:
+        self.fleet = fleet
+        self.models = models
+        self.now = 1000.0
+        self.rolled = Rolled()
+        self.watch = Watch(RULE, self.rolled, clock=lambda: self.now)
+        fleet.watchers.append(self.watch.follow)
+
+    def registry(self, share: float = 0.0, **aliases: str) -> None:
+        self.fleet.apply([self.models.model(share, **aliases)])
+        wanted = aliases["champion"]
+        assert self.fleet.wait_for(lambda fleet: fleet.ready == {"assistant": True}, 30)
+        assert self.fleet.wait_for(lambda fleet: fleet.target("assistant@champion", "").version.version == wanted, 30)
+        if share:
+            assert self.fleet.wait_for(lambda fleet: fleet.table["assistant"].canary_share == share, 30)
+
+    def answers(self, version: str, count: int, *, failed: int = 0, ms: float = 20, streamed: bool = False) -> None:
+        for number in range(count):
+            self.now += 0.1
+            bad = number < failed
+            self.watch.answered("assistant", version, failed=bad, streamed=streamed, seconds=None if bad else ms / 1000)
+
+
+@pytest.fixture
+def scene(fixed: Any, fixed_server: Any) -> Iterator[Scene]:
+    models = fixed({"1": fixed_server(), "2": fixed_server()})
+    with Fleet(models.open, backoff=Backoff(first=0.0)) as fleet:
+        made = Scene(fleet, models)
+        made.registry(champion="1")
+        yield made
+
+
+def test_a_canary_that_fails_is_rolled_back_once(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("1", 100)
+    scene.answers("2", 19, failed=19)
+    assert scene.rolled.heard == []
+    scene.answers("2", 50, failed=50)
+    scene.rolled.times(1)
+    assert scene.rolled.heard[0][0] == "assistant"
+    assert "requests to version 2 failed" in scene.rolled.heard[0][1]
+    assert scene.watch.rollbacks == {"assistant": 1}
+
+
+def test_what_fails_on_both_sides_is_nobodys_fault(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("1", 100, failed=50)
+    scene.answers("2", 100, failed=50)
+    assert scene.rolled.heard == []
+
+
+@pytest.mark.parametrize(("ms", "rolled"), [(35, False), (65, False), (75, True)])
+def test_a_slow_canary_is_rolled_back(scene: Scene, ms: float, rolled: bool) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("1", 30, ms=20, streamed=True)
+    scene.answers("1", 30, ms=900)
+    scene.answers("2", 60, ms=ms, streamed=True)
+    if rolled:
+        scene.rolled.times(1)
+        assert "to the first byte" in scene.rolled.heard[0][1]
+    assert bool(scene.rolled.heard) is rolled
+
+
+def test_without_requests_to_the_other_version_slowness_is_not_judged(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("2", 100, ms=5000)
+    assert scene.rolled.heard == []
+
+
+def test_old_requests_do_not_count(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("2", 19, failed=19)
+    scene.now += RULE.window_seconds
+    scene.answers("2", 60)
+    assert scene.rolled.heard == []
+
+
+def test_a_new_champion_is_judged_by_what_the_last_one_did(scene: Scene) -> None:
+    scene.answers("1", 50, ms=20)
+    scene.registry(champion="2", previous="1")
+    scene.answers("2", 50, ms=500)
+    scene.rolled.times(1)
+    scene.registry(champion="1", previous="2")
+    scene.answers("1", 50, failed=50)
+    assert len(scene.rolled.heard) == 1  # where one rolls back to is not new
+
+
+def test_a_champion_of_some_time_stays(scene: Scene) -> None:
+    scene.answers("1", 50)
+    scene.registry(champion="2", previous="1")
+    scene.now += RULE.champion_minutes * 60 + 1
+    scene.answers("2", 50, failed=50)
+    assert scene.rolled.heard == []
+
+
+def test_a_champion_with_nothing_to_go_back_to_stays(scene: Scene) -> None:
+    scene.answers("1", 50)
+    scene.registry(champion="2")
+    scene.answers("2", 50, failed=50)
+    assert scene.rolled.heard == []
+
+
+def test_a_rollback_that_fails_is_tried_again(scene: Scene) -> None:
+    scene.rolled.busy = 1
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("2", 20, failed=20)
+    scene.rolled.times(1)
+    for _ in range(1000):
+        scene.answers("2", 11, failed=11)
+        if len(scene.rolled.heard) > 1:
+            break
+    scene.rolled.times(2)
+
+
+def test_the_first_champion_and_old_challengers_are_not_judged(scene: Scene) -> None:
+    scene.answers("1", 50, failed=50)
+    scene.registry(champion="1", challenger="2")
+    scene.answers("2", 50, failed=50)
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.registry(champion="1")
+    scene.answers("2", 50, failed=50)
+    assert scene.rolled.heard == []
