@@ -13,6 +13,7 @@ from threading import Event
 from moestro.errors import ArtifactError
 from moestro_flows.home import Home
 from moestro_services.children import Child
+from moestro_services.gateway.assembly import Policy
 from moestro_services.gateway.launch import LOOPBACK, Address, gateway
 from moestro_services.gateway.listening import listen
 from moestro_services.gateway.sources import Registered, Source, chosen
@@ -44,7 +45,7 @@ class Dashboards:
 
 
 @contextmanager
-def dashboards(home: Home, ports: Ports, *, model: bool, say: Say) -> Iterator[Dashboards]:
+def dashboards(home: Home, ports: Ports, *, model: bool, policy: Policy, say: Say) -> Iterator[Dashboards]:
     """Everything running while in the block, with `model` what `moestro serve` would serve behind the gateway.
 
     Raises `BusyError` if a port is in use, before anything is started, and `ResourceError` if a server does not start.
@@ -66,7 +67,7 @@ def dashboards(home: Home, ports: Ports, *, model: bool, say: Say) -> Iterator[D
         for name, child in zip(started, running.children, strict=True):
             child.wait_until_it_answers(addresses[name] + ("/health" if name == "MLflow" else "/api/health"))
         source = _source(home, model=model)
-        served = stack.enter_context(gateway(home, source, Address(port=ports.gateway), say=say))
+        served = stack.enter_context(gateway(home, source, Address(port=ports.gateway), say=say, policy=policy))
         served.wait_until_ready()
         addresses["Gateway"] = served.url
         yield running

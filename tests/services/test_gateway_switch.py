@@ -149,7 +149,7 @@ def test_a_canary_that_fails_is_rolled_back_by_itself(
 ) -> None:
     rolled = threading.Event()
 
-    def roll_back(name: str, reason: str) -> None:
+    def roll_back(name: str, version: str, reason: str) -> None:
         assert name == "assistant"
         assert "version 2 failed" in reason
         fleet.apply([models.model(champion="1")])

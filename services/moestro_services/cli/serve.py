@@ -3,7 +3,6 @@
 import json as json_format
 import sys
 from functools import partial
-from pathlib import Path
 from threading import Event
 from typing import Annotated
 
@@ -20,12 +19,13 @@ MODELS = (
     "Where nothing is registered, the newest deployment."
 )
 Models = Annotated[list[str] | None, typer.Argument(help=MODELS, show_default=False)]
-Host = Annotated[str, typer.Option("--host", help="Address to bind; other than loopback needs a key.")]
+Host = Annotated[str, typer.Option("--host", help="Address to bind; beyond loopback there must be a key.")]
 Port = Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)]
-KeyFile = Annotated[Path | None, typer.Option("--api-key-file", help="File with the key that requests must bear.")]
+NoAuth = Annotated[bool, typer.Option("--no-auth", help="Ask for no keys; for loopback alone.")]
 CacheSize = Annotated[
     float, typer.Option("--kv-cache-gib", help="Memory of each model server's KV cache in GiB.", min=0.01)
 ]
+ExpertShare = Annotated[float, typer.Option(help="Share of the requests that tell how experts are used.", min=0, max=1)]
 Rollback = Annotated[
     bool, typer.Option(help="Take a canary or a new champion back that does worse than the other version.")
 ]
@@ -39,8 +39,9 @@ def serve(  # noqa: PLR0917
     models: Models = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    api_key_file: KeyFile = None,
+    no_auth: NoAuth = False,
     kv_cache_gib: CacheSize = 0.5,
+    expert_share: ExpertShare = 0.05,
     rollback: Rollback = True,
     rollback_requests: Requests = 50,
     rollback_errors: Errors = 0.05,
@@ -49,14 +50,16 @@ def serve(  # noqa: PLR0917
     json: Json = False,
 ) -> None:
     """Serve models over an OpenAI-compatible REST API until Ctrl-C. Traffic follows the model registry's aliases."""
-    from moestro_services.gateway.access import read_key
-    from moestro_services.gateway.launch import Address, following, gateway
+    from moestro_services.gateway.assembly import Policy
+    from moestro_services.gateway.expert_metrics_sampling import Sampling
+    from moestro_services.gateway.keys import KeyRing
+    from moestro_services.gateway.launch import Address, gateway
     from moestro_services.gateway.sources import ServerSettings, chosen
     from moestro_services.gateway.watch import RollbackRule
 
     home = Home.current()
     home.prepare()
-    at = Address(host, port, read_key(api_key_file) if api_key_file else None)
+    keys = None if no_auth else KeyRing.of(home)
     source = chosen(home, models or (), ServerSettings(kv_cache_gib=kv_cache_gib))
     rule = RollbackRule(
         min_requests=rollback_requests,
@@ -68,7 +71,8 @@ def serve(  # noqa: PLR0917
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True)
     say = partial(console.print, highlight=False, markup=False)
-    opened = gateway(home, source, at, say=say, follow=following(home, rule if rollback else None))
+    policy = Policy(keys=keys, rule=rule if rollback else None, sampling=Sampling(share=expert_share))
+    opened = gateway(home, source, Address(host, port), say=say, policy=policy)
     with until_stopped(console), progress, opened as running:
         progress.add_task("vLLM is starting")
         running.wait_until_ready()

@@ -21,16 +21,20 @@ def ui(
     model: Annotated[
         bool, typer.Option(help="Serve the newest deployment behind the gateway, if there is one.")
     ] = True,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Let the gateway ask for no keys.")] = False,
     json: Json = False,
 ) -> None:
     """Run gateway, MLflow and Prefect until Ctrl-C. What the environment names by an address is not started."""
     from moestro_services.dashboards import Ports, dashboards
+    from moestro_services.gateway.assembly import Policy
+    from moestro_services.gateway.keys import KeyRing
 
     home = Home.current()
     console = Console(stderr=True)
+    policy = Policy(keys=None if no_auth else KeyRing.of(home))
     ports = Ports(gateway=gateway_port, mlflow=mlflow_port, prefect=prefect_port)
     home.prepare()
-    with until_stopped(console), dashboards(home, ports, model=model, say=console.print) as running:
+    with until_stopped(console), dashboards(home, ports, model=model, policy=policy, say=console.print) as running:
         if json:
             addresses = {name.lower(): url for name, url in running.addresses.items()}
             sys.stdout.write(json_format.dumps(addresses) + "\n")

@@ -70,7 +70,8 @@ def create_app(parts: Parts) -> FastAPI:
         async with upstream:
             yield
 
-    app = FastAPI(title="Moestro", lifespan=with_upstream, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Moestro", lifespan=with_upstream, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.traffic = traffic
     proxy = Proxy(
         parts.fleet,
         upstream,

@@ -2,24 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import httpx
-from starlette.types import ASGIApp
 
 from moestro.artifacts import Artifact
 from moestro.errors import ResourceError
 from moestro_flows.home import Home
-from moestro_services.gateway.access import Guarded, check_exposure
-from moestro_services.gateway.app import Parts, Wrap, create_app
+from moestro_services.gateway.access import check_exposure
+from moestro_services.gateway.assembly import Policy, assembled
+from moestro_services.gateway.connections import careful
 from moestro_services.gateway.controller import Controller
 from moestro_services.gateway.fleet import Fleet, Table
 from moestro_services.gateway.listening import listen, serving
 from moestro_services.gateway.replica import State
 from moestro_services.gateway.sources import Fixed, Source
-from moestro_services.gateway.traffic import Traffic
-from moestro_services.gateway.watch import RollBack, RollbackRule, Watch
 
 LOOPBACK = "127.0.0.1"
 ASK_SECONDS = 300
@@ -34,8 +31,6 @@ class Address:
     host: str = LOOPBACK
     port: int = 0
     """0 takes a free one."""
-    api_key: str | None = None
-    """What requests must bear; needed beyond loopback."""
 
 
 @dataclass(frozen=True)
@@ -56,46 +51,23 @@ class Running:
             raise ResourceError(words)
 
 
-@dataclass(frozen=True)
-class Following:
-    """How the gateway follows the registry, and takes versions back."""
-
-    rule: RollbackRule | None = None
-    """When a new version is rolled back; None never does."""
-    roll_back: RollBack | None = None
-    """Does it."""
-    failures: tuple[type[Exception], ...] = field(default=())
-    """What reading the registry and rolling back may raise beside Moestro's own errors."""
-
-
-def following(home: Home, rule: RollbackRule | None) -> Following:
-    """How the model registry of `home` is followed."""
-    del home
-    return Following(rule=rule)
-
-
 @contextmanager
-def gateway(home: Home, source: Source, at: Address, *, say: Say, follow: Following | None = None) -> Iterator[Running]:
+def gateway(home: Home, source: Source, at: Address, *, say: Say, policy: Policy | None = None) -> Iterator[Running]:
     """The gateway before the servers of what `source` names, while in the block.
 
     It answers at once, with 503 for models whose servers are still starting. Raises `BusyError` if the port is in
     use, before anything is started, and `ConfigError` for a host beyond loopback without a key.
     """
-    check_exposure(at.host, at.api_key)
-    follow = follow or Following()
+    policy = policy or Policy(keys=None)
+    check_exposure(at.host, policy.keys)
     with ExitStack() as stack:
         made = listen(at.host, at.port)
         stack.callback(made.close)
         fleet = stack.enter_context(Fleet(source.open))
         fleet.watchers.append(Teller(say).follow)
-        watch = None
-        if follow.rule and follow.roll_back:
-            watch = Watch(follow.rule, follow.roll_back, failures=follow.failures)
-            fleet.watchers.append(watch.follow)
-        wraps: tuple[Wrap, ...] = (partial(_door, at.api_key),)
-        app = create_app(Parts(home=home, fleet=fleet, watch=watch, wraps=wraps))
-        url = stack.enter_context(serving(app, made))
-        stack.enter_context(Controller(fleet, source.read, failures=follow.failures))
+        assembly = stack.enter_context(assembled(home, fleet, policy, source.steering))
+        url = stack.enter_context(serving(assembly.app, made, careful(assembly.traffic.refused)))
+        stack.enter_context(Controller(fleet, source.read))
         yield Running(url, fleet)
 
 
@@ -127,10 +99,6 @@ def _words(state: State, reason: str, label: str, restarts: int) -> str:
     if state is State.STARTING:
         return f"Starting vLLM for {label} ..." if not restarts else f"Starting vLLM for {label} again ({restarts}) ..."
     return {State.SERVING: f"{label} answers.", State.LOST: f"{label} is lost: {reason}"}.get(state, "")
-
-
-def _door(key: str | None, app: ASGIApp, _traffic: Traffic) -> ASGIApp:
-    return Guarded(app, key)
 
 
 def _lost(fleet: Fleet) -> str:

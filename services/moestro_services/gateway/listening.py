@@ -59,10 +59,14 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def serving(app: Any, made: socket.socket) -> Iterator[str]:
-    """Serve `app` on the socket while in the block; yields the URL. Running answers get a few seconds to finish."""
+def serving(app: Any, made: socket.socket, http: Any = "auto") -> Iterator[str]:
+    """Serve `app` on the socket while in the block; yields the URL. Running answers get a few seconds to finish.
+
+    `http` is uvicorn's setting: what makes the protocol of a connection.
+    """
     config = uvicorn.Config(
         app,
+        http=http,
         log_level="critical",
         access_log=False,
         timeout_graceful_shutdown=GRACE_SECONDS,

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moestro_flows.home import Home
 from moestro_services.gateway.caller import CALLER
 from moestro_services.gateway.door import REFUSED
-from moestro_services.gateway.traffic import MODEL
+from moestro_services.gateway.traffic import MODEL, VERSION
 
 REQUEST_ID = "moestro.request_id"
 """Key of the request's scope under which its id is left."""
@@ -188,6 +188,7 @@ def _line(scope: Scope, answer: _Answer, began: float, *, failed: bool) -> dict[
         "method": scope["method"] if scope["method"].isalpha() else "",
         "route": getattr(scope.get("route"), "path", ""),
         "model": scope.get(MODEL, ""),
+        "version": scope.get(VERSION, ""),
         "status": answer.status or (FAILED if failed else LEFT),
         "refused": scope.get(REFUSED, ""),
         "complete": answer.ended,

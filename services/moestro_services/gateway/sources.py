@@ -1,6 +1,6 @@
 """Where a gateway's models come from: all that the registry holds, or one deployment's artifact."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -8,10 +8,12 @@ from typing import Protocol
 from moestro.artifacts import Artifact
 from moestro.errors import ArtifactError, InputError
 from moestro.inference.server import ServerConfig, VllmServer
+from moestro.registry import ModelRegistry
 from moestro.registry.model_versions import CHAMPION, ModelVersion, RegisteredModel
 from moestro_flows.home import Home
 from moestro_services.catalog import Catalog
 from moestro_services.gateway.deployments import Deployment, ModelServer
+from moestro_services.gateway.steering import Steering
 from moestro_services.served import describe
 
 UNREGISTERED = "0"
@@ -26,12 +28,13 @@ class ServerSettings:
     """Memory of each server's KV cache in GiB."""
     threads: int | None = None
     """Threads of each server; None leaves them to torch."""
-    further: Callable[[Deployment], tuple[Sequence[str], Mapping[str, str]]] | None = None
-    """Further arguments and environment of a deployment's server, asked for before every start."""
 
 
 class Source(Protocol):
     """Says what is to be served, and opens it."""
+
+    steering: Steering
+    """The profiles that the opened servers know."""
 
     def read(self) -> Sequence[RegisteredModel]:
         """The models as they are to be served now."""
@@ -56,6 +59,7 @@ class Registered:
         self._models = models
         self._names = frozenset(names)
         self._settings = settings or ServerSettings()
+        self.steering = Steering(home.store)
 
     def read(self) -> Sequence[RegisteredModel]:
         """The models; raises what reading the registry raises."""
@@ -69,7 +73,7 @@ class Registered:
                 f"{version.stage} {version.fingerprint[:16]}, which is {version.name}@{version.version}, "
                 f"is not in {self._home.path}."
             )
-        return open_version(self._home, artifact, version.name, version.version, self._settings)
+        return open_version(self._home, artifact, version, self._settings, self.steering)
 
 
 class Fixed:
@@ -82,6 +86,7 @@ class Fixed:
         self._home = home
         self._artifact = artifact
         self._settings = settings or ServerSettings()
+        self.steering = Steering(home.store)
         version = ModelVersion(
             name=self.name,
             version=UNREGISTERED,
@@ -98,13 +103,12 @@ class Fixed:
 
     def open(self, version: ModelVersion) -> tuple[Deployment, ModelServer]:
         """Its deployment and server."""
-        return open_version(self._home, self._artifact, version.name, version.version, self._settings)
+        return open_version(self._home, self._artifact, version, self._settings, self.steering)
 
 
 def registered_models(home: Home) -> Sequence[RegisteredModel]:
     """What the model registry of `home` holds."""
-    del home
-    return ()
+    return ModelRegistry(home.mlflow_uri, home.mlflow_files).models()
 
 
 def chosen(home: Home, references: Sequence[str], settings: ServerSettings | None = None) -> Source:
@@ -123,9 +127,9 @@ def chosen(home: Home, references: Sequence[str], settings: ServerSettings | Non
 
 
 def open_version(
-    home: Home, artifact: Artifact, name: str, version: str, settings: ServerSettings
+    home: Home, artifact: Artifact, version: ModelVersion, settings: ServerSettings, steering: Steering
 ) -> tuple[Deployment, VllmServer]:
-    """The deployment that `artifact` describes, under a name and number, and its server, not started yet.
+    """The deployment that `artifact` describes, as a version of a model, and its server, not started yet.
 
     Raises `ArtifactError` if it is no deployment, or if its checkpoint is missing or not what was published.
     """
@@ -138,17 +142,17 @@ def open_version(
             hint="`moestro run` makes it again.",
         )
     deployment = Deployment(
-        name=name,
-        version=version,
+        name=version.name,
+        version=version.version,
         fingerprint=artifact.fingerprint,
         checkpoint=served.checkpoint,
         dtype=served.dtype,
         max_model_len=served.max_model_len,
         created=int(artifact.record.created_at.timestamp()),
     )
-    arguments, environment = settings.further(deployment) if settings.further else ((), {})
+    arguments, environment = steering.server_arguments(deployment)
     config = ServerConfig(
-        name=name,
+        name=version.name,
         dtype=served.dtype,
         max_model_len=served.max_model_len,
         kv_cache_gib=settings.kv_cache_gib,
@@ -157,5 +161,5 @@ def open_version(
         extra_arguments=tuple(arguments),
         extra_environment=environment,
     )
-    log = home.logs / f"vllm-{artifact.fingerprint[:16]}-{version}.log"
+    log = home.logs / f"vllm-{artifact.fingerprint[:16]}-{version.version}.log"
     return deployment, VllmServer(checkpoint.path, config, log=log)

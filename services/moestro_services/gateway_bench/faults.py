@@ -49,7 +49,7 @@ def measure(folder: Path, source: Home, config: LifecycleConfig, checkpoints: li
     home, name = Home(folder), config.deploy.name
     home.prepare()
     two_versions(home, source, config, checkpoints)
-    _, key = KeyRing(home.path / "keys").create("bench", {Scope.ADMIN})
+    _, key = KeyRing.of(home).create("bench", {Scope.ADMIN})
     with served(home, key) as (url, process):
         load = Load((Target(url, key),), name, seconds=seconds)
         killed = _killed(load, process, f"{name}@1")
@@ -59,7 +59,7 @@ def measure(folder: Path, source: Home, config: LifecycleConfig, checkpoints: li
 
 def two_versions(home: Home, source: Home, config: LifecycleConfig, checkpoints: list[Artifact]) -> None:
     """Deploy copies of both through their gates: the first becomes the champion, the second the challenger."""
-    promotions = Promotions(home, Audit(home.path / "audit.jsonl"))
+    promotions = Promotions(home, Audit.of(home))
     tokens = {name: source.store.find("tokens", fingerprint) for name, fingerprint in _tokens(source).items()}
     for artifact in (*checkpoints, *tokens.values()):
         assert artifact is not None
@@ -71,8 +71,8 @@ def two_versions(home: Home, source: Home, config: LifecycleConfig, checkpoints:
 
 def _tokens(source: Home) -> dict[str, str]:
     """Fingerprints of the tokens that the newest deployment was gated on, by domain."""
-    deploy = max((one for one in source.store.all() if one.stage == "deploy"), key=lambda one: one.record.created_at)
-    roles = deploy.record.inputs.items()
+    record = max((record for _, record in source.store.records("deploy")), key=lambda record: record.created_at)
+    roles = record.inputs.items()
     return {role.partition("/")[2]: one.fingerprint for role, one in roles if role.startswith("tokens/")}
 
 
