@@ -17,6 +17,7 @@ from moestro_services.machine import hardware
 BENCHMARKS: dict[str, str] = {
     "branches": "moestro_services.bench_branches:bench",
     "experts-mlp": "moestro_kernels.experts_mlp.bench:bench",
+    "gateway": "moestro_services.gateway_bench.bench:bench",
     "lifecycle": "moestro_services.bench_lifecycle:bench",
     "mixing": "moestro_services.bench_mixing:bench",
     "training": "moestro_services.bench_training:bench",

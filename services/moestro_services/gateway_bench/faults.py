@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,6 @@ def _wait_for_both(url: str, key: str) -> None:
 
 def _killed(load: Load, gateway: psutil.Process, label: str) -> Result:
     """One load, amidst which the process of the version `label` is killed."""
-    from dataclasses import replace
-
     running = Running(replace(load, stream=False, retry=True))
     time.sleep(load.seconds / 4)
     (server,) = [one for one in gateway.children(recursive=True) if _serves(one, label)]
@@ -142,11 +140,15 @@ def _post(url: str, key: str, body: dict[str, Any]) -> None:
         raise ResourceError(f"{url} answered {answer.status_code}: {answer.text[:500]}")
 
 
-def rows(found: Faults) -> Iterator[list[Any]]:
-    """A row of the second table for each."""
-    for what, result in (("kill -9 of the champion", found.killed), ("promoted, rolled back", found.switched)):
-        versions = ", ".join(f"{name} {count}" for name, count in sorted(result.fingerprints.items()))
-        yield [what, result.answered, result.unavailable, sum(result.failed.values()), versions, result.longest_gap]
+def told(found: Faults) -> Iterator[str]:
+    """What happened, in words."""
+    for what, result in (("kill -9 of the champion", found.killed), ("Promotion and rollback", found.switched)):
+        versions = ", ".join(f"{count} by {name}" for name, count in sorted(result.fingerprints.items()))
+        yield (
+            f"{what}, amidst {result.seconds:.0f} s of load: {result.answered} requests answered ({versions}), "
+            f"{result.unavailable} clean 503, {sum(result.failed.values())} failed; at most {result.longest_gap:.1f} s "
+            "passed without an answer."
+        )
 
 
 def bounds(found: Faults, name: str) -> Iterator[dict[str, Any]]:
