@@ -51,7 +51,7 @@ def serve(  # noqa: PLR0917
     """Serve models over an OpenAI-compatible REST API until Ctrl-C. Traffic follows the model registry's aliases."""
     from moestro_services.gateway.access import read_key
     from moestro_services.gateway.launch import Address, following, gateway
-    from moestro_services.gateway.sources import ServerSettings, chosen
+    from moestro_services.gateway.sources import Fixed, ServerSettings, chosen
     from moestro_services.gateway.watch import RollbackRule
 
     home = Home.current()
@@ -71,6 +71,8 @@ def serve(  # noqa: PLR0917
     opened = gateway(home, source, at, say=say, follow=following(home, rule if rollback else None))
     with until_stopped(console), progress, opened as running:
         progress.add_task("vLLM is starting")
+        if isinstance(source, Fixed):
+            running.wait_for_first_starts()  # a mistake to be told, not a server lost among others
         running.wait_until_ready()
         progress.stop()
         _announce(running.url, sorted(running.fleet.ready), json=json)
