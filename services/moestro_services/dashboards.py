@@ -6,11 +6,11 @@ A server that the environment names by an address (MLFLOW_TRACKING_URI, PREFECT_
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Event
 
-from moestro.errors import ArtifactError
+from moestro.errors import ArtifactError, ResourceError
 from moestro_flows.home import Home
 from moestro_services.children import Child
 from moestro_services.gateway.assembly import Policy
@@ -68,7 +68,8 @@ def dashboards(home: Home, ports: Ports, *, model: bool, policy: Policy, say: Sa
             child.wait_until_it_answers(addresses[name] + ("/health" if name == "MLflow" else "/api/health"))
         source = _source(home, model=model)
         served = stack.enter_context(gateway(home, source, Address(port=ports.gateway), say=say, policy=policy))
-        served.wait_until_ready()
+        with suppress(ResourceError):  # has been said; it is started again
+            served.wait_for_first_starts()
         addresses["Gateway"] = served.url
         yield running
 

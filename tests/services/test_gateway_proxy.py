@@ -79,7 +79,10 @@ def test_an_unknown_model_is_an_openai_404(base_url: str, upstream: Any) -> None
     assert upstream.seen == []
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"prompt": "x"}', b'{"model": 3}', b"[" * 9000, b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"[]", b'{"prompt": "x"}', b'{"model": 3}', b"[" * 9000, b"\xff\xfe", b'{"model": "assistant", "n": NaN}'],
+)
 def test_a_request_that_names_no_model_is_a_400(base_url: str, body: bytes) -> None:
     response = httpx.post(base_url + "/v1/completions", content=body)
     assert response.status_code == 400
@@ -194,6 +197,7 @@ def test_metrics_count_by_route_model_version_and_status(base_url: str) -> None:
     assert counter % ("assistant", 200, "1", 2) in text
     assert counter % ("", 404, "", 1) in text
     assert 'moestro_gateway_model_up{model="assistant",version="1"} 1.0' in text
+    assert 'moestro_gateway_champion_up{model="assistant"} 1.0' in text
     assert 'moestro_gateway_model_restarts_total{model="assistant",version="1"} 0.0' in text
     assert 'moestro_gateway_tokens_total{kind="prompt",model="assistant",version="1"} 5.0' in text
     assert 'moestro_gateway_tokens_total{kind="completion",model="assistant",version="1"} 5.0' in text

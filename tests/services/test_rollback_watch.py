@@ -58,7 +58,7 @@ class Scene:
     def answers(self, version: str, count: int, *, failed: int = 0, ms: float = 20, streamed: bool = False) -> None:
         for number in range(count):
             self.now += 0.1
-            bad = number < failed
+            bad = number * failed % count < failed  # spread evenly
             self.watch.answered("assistant", version, failed=bad, streamed=streamed, seconds=None if bad else ms / 1000)
 
 

@@ -54,7 +54,7 @@ def serve(  # noqa: PLR0917
     from moestro_services.gateway.expert_metrics_sampling import Sampling
     from moestro_services.gateway.keys import KeyRing
     from moestro_services.gateway.launch import Address, gateway
-    from moestro_services.gateway.sources import ServerSettings, chosen
+    from moestro_services.gateway.sources import Fixed, ServerSettings, chosen
     from moestro_services.gateway.watch import RollbackRule
 
     home = Home.current()
@@ -75,6 +75,8 @@ def serve(  # noqa: PLR0917
     opened = gateway(home, source, Address(host, port), say=say, policy=policy)
     with until_stopped(console), progress, opened as running:
         progress.add_task("vLLM is starting")
+        if isinstance(source, Fixed):
+            running.wait_for_first_starts()  # a mistake to be told, not a server lost among others
         running.wait_until_ready()
         progress.stop()
         _announce(running.url, sorted(running.fleet.ready), json=json)

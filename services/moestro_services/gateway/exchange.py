@@ -18,11 +18,10 @@ from starlette.types import Message, Receive, Send
 from moestro_services.gateway.errors import UnavailableError, openai_error
 from moestro_services.gateway.replica import Endpoint, Replica
 from moestro_services.gateway.upstream import LOST, Upstream
-from moestro_services.gateway.usage import StreamUsage, Usage, read_usage
+from moestro_services.gateway.usage import FAILED_EVENT, StreamUsage, Usage, read_usage
 
 RESPONSE_HEADERS = ("content-type", "content-length", "content-encoding", "cache-control", "retry-after")
 EVENT_STREAM = "text/event-stream"
-FAILED_EVENT = b'data: {"error":'
 
 
 class UntilClientLeaves:
@@ -139,6 +138,7 @@ class Exchange:
         finally:
             if counted:
                 self.outcome.usage = counted.usage()
+                self.outcome.failed |= counted.failed
             elif response.status == 200:
                 self.outcome.usage = read_usage(b"".join(kept)) or Usage()
 

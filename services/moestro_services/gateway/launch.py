@@ -45,7 +45,7 @@ class Running:
         self.fleet.wait_for(lambda fleet: all(fleet.ready.values()))
 
     def wait_for_first_starts(self) -> None:
-        """Wait until every model's champion answers; raises `ResourceError` if one cannot be started."""
+        """Wait until every model's champion answers; raises `ResourceError` as soon as one cannot be started."""
         self.fleet.wait_for(lambda fleet: all(fleet.ready.values()) or bool(_lost(fleet)))
         if words := _lost(self.fleet):
             raise ResourceError(words)

@@ -17,6 +17,7 @@ from moestro_services.gateway.errors import Refused
 from moestro_services.gateway.exchange import Exchange, Outcome, UntilClientLeaves
 from moestro_services.gateway.fleet import Fleet
 from moestro_services.gateway.replica import Replica
+from moestro_services.gateway.routes import name_in
 from moestro_services.gateway.traffic import MODEL, VERSION, Traffic
 from moestro_services.gateway.upstream import Upstream
 from moestro_services.gateway.watch import Watch
@@ -74,6 +75,7 @@ class Proxy:
             if raw is None:
                 return
             body = parsed(raw)
+            scope[MODEL] = name_in(self._fleet.table, body["model"])
             caller: Caller = scope.get(CALLER, LOCAL)
             replica, endpoint = self._fleet.enter(body["model"], sticky(headers, body, caller))
         except Refused as refused:
@@ -81,7 +83,7 @@ class Proxy:
             return
         deployment = replica.deployment
         assert deployment is not None
-        scope[MODEL], scope[VERSION] = deployment.name, deployment.version
+        scope[VERSION] = deployment.version
         exchange = Exchange(self._upstream, replica, endpoint, send)
         try:
             raw = self._prepared(caller, deployment, body, raw)
@@ -100,7 +102,10 @@ class Proxy:
             body = hook.prepare(caller, deployment, body)
         if body["model"] != deployment.name:
             body = body | {"model": deployment.name}
-        return raw if body == before else json.dumps(body).encode()
+        try:
+            return raw if body == before else json.dumps(body).encode()
+        except RecursionError:
+            raise _not_json() from None
 
     async def _refuse(self, refused: Refused, scope: Scope, receive: Receive, send: Send) -> None:
         self._traffic.refused(refused.code)
@@ -149,12 +154,21 @@ async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes | N
 def parsed(raw: bytes) -> dict[str, Any]:
     """The request's body, which names a model; raises `Refused` if it does not."""
     try:
-        body = json.loads(raw)
+        body = json.loads(raw, parse_constant=_no_number)
     except (ValueError, RecursionError):
-        raise Refused(400, "The request's body is not valid JSON.", code="invalid_json") from None
+        raise _not_json() from None
     if not isinstance(body, dict) or not isinstance(body.get("model"), str):
         raise Refused(400, "The request names no model.", code="missing_model", param="model")
     return body
+
+
+def _not_json() -> Refused:
+    return Refused(400, "The request's body is not valid JSON.", code="invalid_json")
+
+
+def _no_number(name: str) -> None:
+    """Python reads NaN and Infinity, which are no JSON and would reach the sampler."""
+    raise ValueError(name)
 
 
 def sticky(headers: Headers, body: Mapping[str, Any], caller: Caller) -> str:

@@ -67,13 +67,14 @@ def _words(replica: Replica) -> str:
     return "starting" if replica.state is State.STARTING else "being started again"
 
 
+def name_in(table: Mapping[str, Route], model: str) -> str:
+    """The name of the model that `model` asks for; empty if there is none."""
+    return next((name for name in (model, model.rpartition("@")[0]) if name in table), "")
+
+
 def resolve(table: Mapping[str, Route], model: str, sticky: str) -> Replica:
     """The replica that answers a request for `model`: a name, `name@alias` or `name@version`. Raises as `pick`."""
-    route = table.get(model)
-    if route is not None:
-        return route.pick("", sticky)
-    name, _, which = model.rpartition("@")
-    route = table.get(name)
-    if route is None or not which:
+    name = name_in(table, model)
+    if not name or model == f"{name}@":
         raise UnknownModelError(f"The model {model!r} does not exist.")
-    return route.pick(which, sticky)
+    return table[name].pick(model[len(name) + 1 :], sticky)

@@ -96,8 +96,13 @@ class FleetCollector(Collector):
             up.add_metric(labels, float(replica.state in (State.SERVING, State.DRAINING)))
             busy.add_metric(labels, float(replica.in_flight))
             starts.add_metric(labels, float(replica.restarts))
+        champions = GaugeMetricFamily(
+            "moestro_gateway_champion_up", "Whether whoever answers for the bare name does.", labels=["model"]
+        )
+        for model, answers in self._fleet.ready.items():
+            champions.add_metric([model], float(answers))
         switches = _counts("moestro_gateway_switches", "Times another version became champion.", self._fleet.switches)
-        yield from (up, busy, starts, switches)
+        yield from (up, busy, starts, champions, switches)
 
 
 class RollbackCollector(Collector):

@@ -7,6 +7,8 @@ from typing import Any
 MARK = b'"usage":{'
 """Never inside a JSON string, where its quotes would be escaped."""
 TAIL_BYTES = 4096
+FAILED_EVENT = b'data: {"error":'
+"""How vLLM tells that a stream has failed; never inside a JSON string either."""
 _DECODER = json.JSONDecoder()
 
 
@@ -52,6 +54,11 @@ class StreamUsage:
         """Some more bytes of the stream."""
         self._lines += chunk.count(b"\n")  # JSON has none inside: two end an event
         self._tail = chunk if len(chunk) >= TAIL_BYTES else self._tail[-TAIL_BYTES:] + chunk
+
+    @property
+    def failed(self) -> bool:
+        """Whether the server ended it with an error of its own."""
+        return FAILED_EVENT in self._tail
 
     def usage(self) -> Usage:
         """What it took."""
