@@ -367,6 +367,7 @@ def in_process(script: str, registry: ModelRegistry, *arguments: str) -> subproc
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_change_leaves_a_valid_model_and_a_free_lock(registry: ModelRegistry) -> None:
     assistant(registry, 2, champion="1", challenger="2")
     with in_process(DIE, registry) as process:
@@ -376,6 +377,7 @@ def test_kill_9_in_a_change_leaves_a_valid_model_and_a_free_lock(registry: Model
     assert registry.model("assistant").aliases == {CHAMPION: "2", PREVIOUS: "1"}
 
 
+@pytest.mark.slow
 def test_processes_that_change_one_model_at_once_lose_nothing(registry: ModelRegistry) -> None:
     assistant(registry, 2, champion="1")
     processes = [in_process(CHANGE, registry, alias) for alias in (CHALLENGER, PREVIOUS)]
@@ -408,6 +410,26 @@ def test_many_models_and_versions_are_read_page_by_page(
         model.name: [version.version for version in model.versions] for model in registry.models()
     }
     assert found == {name: ["3", "2", "1"] for name in ("one", "three", "two")}
+
+
+def test_a_reader_asks_again_only_after_a_write_and_misses_none(
+    registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assistant(registry, 2, champion="1")
+    reader = ModelRegistry(registry.uri, registry.files.as_uri())
+    reads: list[str] = []
+    real = model_registry.read_models
+    monkeypatch.setattr(model_registry, "read_models", lambda uri: reads.append(uri) or real(uri))
+    assert [reader.models() for _ in range(5)] == [reader.models()] * 5
+    assert len(reads) == 1
+    for version in "21212":
+        client(registry.uri).set_registered_model_alias("assistant", CHAMPION, version)
+        assert reader.model("assistant").aliases == {CHAMPION: version}
+    assert len(reads) == 6
+    database = Path(str(registry.files.parent / "mlflow.db"))
+    for path in database.parent.glob("mlflow.db*"):
+        path.unlink()
+    assert reader.models() == ()
 
 
 def test_a_registry_that_no_tracker_prepared_says_so(tmp_path: Path) -> None:

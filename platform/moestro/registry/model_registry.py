@@ -20,8 +20,9 @@ from sqlalchemy import ColumnClause, column, inspect, select, table
 from moestro.artifacts import Artifact, exclusive
 from moestro.errors import BusyError, InputError, ResourceError
 from moestro.registry.database import open_engine, parse_url, reading
+from moestro.registry.model_changes import ChangeCounter, Stamp
 from moestro.registry.model_creation import create_version, require_name
-from moestro.registry.model_reading import DEPLOYED, SHARE_TAG, read_models
+from moestro.registry.model_reading import DEPLOYED, SHARE_TAG, Found, read_models
 from moestro.registry.model_versions import CHALLENGER, CHAMPION, ModelVersion, RegisteredModel
 from moestro.registry.model_writes import ordered, share_tag
 from moestro.registry.tracked_run import MAX_TAG, client
@@ -38,8 +39,9 @@ class ModelChangedError(BusyError):
 class ModelRegistry:
     """The models at `uri`, as one home uses them. `files_root` (`file:///…`) is the home's folder of MLflow files.
 
-    Reading costs two queries and creates nothing: where there is no MLflow database there are no models. All methods
-    raise `ResourceError` if MLflow cannot be reached.
+    Reading may be done every second: it costs two queries, from a SQLite file only after somebody wrote to it, and
+    creates nothing: where there is no MLflow database there are no models. All methods raise `ResourceError` if MLflow
+    cannot be reached.
     """
 
     def __init__(self, uri: str, files_root: str, *, experiment: str = "moestro") -> None:
@@ -47,6 +49,8 @@ class ModelRegistry:
         self.files = local_folder(files_root)
         self.experiment = experiment
         self._prepared = False
+        self._changes = _counter(uri)
+        self._last: tuple[Stamp, list[Found]] | None = None
 
     def models(self) -> tuple[RegisteredModel, ...]:
         """All models with their versions, by name."""
@@ -164,7 +168,7 @@ class ModelRegistry:
             else:
                 mlflow.set_registered_model_alias(model.name, alias, target)
 
-    def _find(self, name: str) -> tuple[RegisteredModel, str]:
+    def _find(self, name: str) -> Found:
         """The model, and its share tag as it stands there."""
         found = self._read()
         for model, raw in found:
@@ -176,19 +180,28 @@ class ModelRegistry:
             hint=f"There are {names}." if names else "A lifecycle that ends in deploy registers one.",
         )
 
-    def _read(self) -> list[tuple[RegisteredModel, str]]:
+    def _read(self) -> list[Found]:
+        """The models; those read last if nobody wrote to the database since."""
+        stamp = self._changes.now() if self._changes else None
+        last = self._last
+        if stamp is not None and last and last[0] == stamp:
+            return last[1]
         if not self._is_prepared():
             return []
         with self._reachable():
-            return read_models(self.uri)
+            found = read_models(self.uri)
+        self._last = (stamp, found) if stamp else None
+        return found
 
     def _is_prepared(self) -> bool:
         """Whether `Tracker.prepare` was here. MLflow's own client would set up a database where it finds none."""
-        if self._prepared or is_server(self.uri):
+        if is_server(self.uri):
             return True
         url = parse_url(self.uri)
         if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
             return False
+        if self._prepared:
+            return True
         engine = open_engine(self.uri)
         name: ColumnClause[str] = column("name")
         with reading(engine) as connection:
@@ -217,6 +230,14 @@ class ModelRegistry:
             if error.error_code == BAD_PARAMETER:
                 raise InputError(str(error)) from error
             raise ResourceError(f"MLflow at {shown(self.uri)} cannot be used: {error}.") from error
+
+
+def _counter(uri: str) -> ChangeCounter | None:
+    """What tells whether anything changed; None where only a query can."""
+    if is_server(uri):
+        return None
+    url = parse_url(uri)
+    return ChangeCounter(Path(str(url.database)).absolute()) if url.get_backend_name() == "sqlite" else None
 
 
 def _place(model: RegisteredModel, version: str) -> str:
