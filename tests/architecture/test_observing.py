@@ -20,6 +20,7 @@ SUFFIXES = {
     "Gauge": ("",),
     "GaugeMetricFamily": ("",),
     "Histogram": ("_bucket", "_sum", "_count"),
+    "_counts": ("_total",),
 }
 SCRAPED = {"job", "instance", "service"}
 """Labels that Prometheus adds."""
@@ -38,11 +39,10 @@ def known_series() -> set[str]:
 
 
 def expert_labels() -> dict[str, set[str]]:
-    """The labels of the experts' and champions' series."""
-    from moestro_services.gateway.champions import Champions
+    """The labels of the experts' series."""
     from moestro_services.gateway.expert_metrics_series import describe
 
-    families: list[Any] = [*describe(), *Champions(dict).describe()]
+    families: list[Any] = list(describe())
     return {
         family.name + ("_total" if family.type == "counter" else ""): set(family._labelnames) for family in families
     }

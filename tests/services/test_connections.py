@@ -1,14 +1,11 @@
 """Clients that never come to the end of a request, in raw bytes to a real server."""
 
-import functools
 import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
 
 import pytest
-import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from moestro_services.gateway.connections import CarefulProtocol, careful
@@ -35,9 +32,7 @@ def counted() -> Counter[str]:
 def address(monkeypatch: pytest.MonkeyPatch, counted: Counter[str]) -> Iterator[tuple[str, int]]:
     monkeypatch.setattr(CarefulProtocol, "head_seconds", 0.5)
     monkeypatch.setattr(CarefulProtocol, "rest_seconds", 0.5)
-    config: Any = functools.partial(uvicorn.Config, http=careful(lambda why: counted.update([why])))
-    monkeypatch.setattr(uvicorn, "Config", config)
-    with serving(ok, listen("127.0.0.1", 0)) as url:
+    with serving(ok, listen("127.0.0.1", 0), careful(lambda why: counted.update([why]))) as url:
         host, port = url.removeprefix("http://").split(":")
         yield host, int(port)
 

@@ -101,6 +101,7 @@ def test_a_line_tells_who_asked_what_and_how_it_ended(logging: Logging) -> None:
         "method": "POST",
         "route": "/v1/completions",
         "model": "assistant@3",
+        "version": "",
         "status": 200,
         "refused": "",
         "complete": True,

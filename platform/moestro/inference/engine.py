@@ -21,9 +21,6 @@ from moestro.models.files import read_config, weight_files
 
 GIB = 1024**3
 WORKER_EXTENSION = "moestro.inference.worker.WorkerExtension"
-HEAD_IN_FLOAT32 = {"head_dtype": "float32"}
-"""A bfloat16 logit is rounded to 2^-8 of itself: log-probabilities would differ from the trainer's by that alone
-(MiniMax-M1, arXiv 2506.13585)."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ class VllmEngine:
                 enable_return_routed_experts=config.routes,
                 disable_sliding_window=window_is_wide_enough(folder, config.max_model_len),
                 kv_cache_memory_bytes=int(config.kv_cache_gib * GIB),
-                hf_overrides=HEAD_IN_FLOAT32 if config.dtype == "bfloat16" else None,
+                hf_overrides={"head_dtype": "float32"},  # logits unrounded, as the trainer's (arXiv 2506.13585)
                 distributed_executor_backend="uni",
                 async_scheduling=False,  # the order of work is then the order of requests
                 generation_config="vllm",  # sampling is what the caller says, not what the checkpoint suggests
