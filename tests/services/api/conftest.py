@@ -314,7 +314,8 @@ def _add_models(app: FastAPI) -> None:
         return ModelList(data=(ModelCard(id="assistant", created=0, root="compress/c", max_model_len=512),))
 
     async def forward(request: Request) -> dict[str, Any]:
-        return {"id": "1", "object": "text_completion", "created": 0, "model": "assistant", "choices": []}
+        kind = "chat.completion" if "chat" in request.url.path else "text_completion"
+        return {"id": "1", "object": kind, "created": 0, "model": "assistant", "choices": []}
 
     for path in ("/v1/completions", "/v1/chat/completions"):
         app.post(path, tags=["models"], response_model=None, operation_id=path)(forward)

@@ -93,7 +93,7 @@ def test_a_change_is_for_that_run_alone(api: Any, admin: httpx.Client) -> None:
         {"seed": {"type": "import", "path": "/etc"}},
         {"branch.existing": {"code": {"path": "package:other"}}},
         {"rl": {"task": {"name": "chain_sum"}, "rewards": [{"type": "function", "path": "os:system"}]}},
-        {"rl": {"type": "dpo", "pairs": ["/etc/passwd"]}},
+        {"rl": {"type": "dpo", "pairs": "/etc/passwd"}},
         {"rl": {"task": {"name": "spell_backward", "arguments": {"data_file": "../../../etc/passwd"}}}},
         {"unknown": 1},
         {"seed.unknown.steps": 1},

@@ -92,6 +92,8 @@ def test_calls_of_models_are_described(document: dict[str, Any]) -> None:
 def test_events_are_described(document: dict[str, Any]) -> None:
     content = document["paths"]["/api/lifecycles/{id}/events"]["get"]["responses"]["200"]["content"]
     assert list(content) == ["text/event-stream"]
+    data = content["text/event-stream"]["itemSchema"]["properties"]["data"]
+    assert data["contentSchema"] == {"$ref": "#/components/schemas/LifecycleEvent"}
     event = document["components"]["schemas"]["LifecycleEvent"]
     assert set(event["discriminator"]["mapping"]) == {"planned", "started", "progress", "ended", "finished"}
     assert event["discriminator"]["mapping"]["planned"] in set(references(event["oneOf"]))
