@@ -36,10 +36,10 @@ class Noted:
         self.actions: list[str] = []
 
     def write(self, actor: str, action: str, target: str, **details: Any) -> None:
-        self.actions.append(f"{actor} {action}")
+        self.actions.append(f"{actor} {action} {details.get('config', target)}")
 
     def read(self, limit: int) -> list[Any]:
-        return []
+        return self.actions[:limit]
 
 
 class Everyone:
@@ -111,7 +111,7 @@ def test_a_lifecycle_is_started_followed_and_stopped(client: httpx.Client, audit
     assert rest[-1][0] == "end"
     last = rest[-1][1]["lifecycle"]
     assert (last["state"], last["error"]) == ("completed", None)
-    assert [one for one in seen + rest] == list(events(client, identity))
+    assert seen + rest == list(events(client, identity))
     steps = seen[0][1]["steps"]
     assert {event["step"] for _, event in seen + rest if event["event"] == "ended"} == set(steps)
     assert {step["status"] for step in last["steps"]} == {"completed"}
@@ -125,7 +125,8 @@ def test_a_lifecycle_is_started_followed_and_stopped(client: httpx.Client, audit
     assert client.delete(f"/api/lifecycles/{running['id']}").json()["state"] == "stopping"
     *_, (_, finished) = events(client, running["id"])
     assert finished["lifecycle"]["state"] == "cancelled"
-    assert audit.actions == ["local lifecycle.start", "local lifecycle.start", "local lifecycle.stop"]
+    started_twice = ["local lifecycle.start tiny"] * 2
+    assert audit.actions == [*started_twice, f"local lifecycle.stop {running['id']}"]
 
     with sqlite3.connect(tmp_path / "home" / "prefect" / "prefect.db") as database:
         flow_runs = database.execute("select name, state_type from flow_run order by created").fetchall()
