@@ -2,13 +2,12 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Protocol, cast
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
-from moestro_flows.home import Home
 from moestro_services.gateway.lifecycles_configs import CONFIG_PATTERN, Configs
 from moestro_services.gateway.lifecycles_feed import EVENT_ID_PATTERN, Feeds
 from moestro_services.gateway.lifecycles_runs import Lifecycles
@@ -20,7 +19,7 @@ from moestro_services.gateway.lifecycles_schemas import (
     LifecycleRequest,
     LifecycleSummary,
 )
-from moestro_services.gateway.management_parts import Admin, Audit, located, refusals
+from moestro_services.gateway.management_parts import Admin, ManagementParts, located, refusals
 from moestro_services.gateway.openings import changed
 
 ConfigName = Annotated[str, Path(pattern=CONFIG_PATTERN, description="Name of the config.")]
@@ -39,19 +38,7 @@ class EventStream(StreamingResponse):
             await super().stream_response(send)
 
 
-class LifecycleParts(Protocol):
-    """What the routes are made of."""
-
-    @property
-    def home(self) -> Home:
-        """The home."""
-
-    @property
-    def audit(self) -> Audit:
-        """The log of management calls."""
-
-
-def lifecycles(parts: LifecycleParts, runs: Lifecycles | None = None, feeds: Feeds | None = None) -> APIRouter:
+def lifecycles(parts: ManagementParts, runs: Lifecycles | None = None, feeds: Feeds | None = None) -> APIRouter:
     """The routes under /api/configs and /api/lifecycles."""
     router = APIRouter(prefix="/api", responses=refusals(400))
     runs = runs or Lifecycles(parts.home)
@@ -92,7 +79,7 @@ def _add_lifecycles(router: APIRouter, runs: Lifecycles) -> None:
         return runs.detail(id)
 
 
-def _add_changes(router: APIRouter, parts: LifecycleParts, configs: Configs, runs: Lifecycles) -> None:
+def _add_changes(router: APIRouter, parts: ManagementParts, configs: Configs, runs: Lifecycles) -> None:
     @router.post(
         "/lifecycles",
         operation_id="start_lifecycle",

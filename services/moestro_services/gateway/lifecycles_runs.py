@@ -12,7 +12,6 @@ predecessor started.
 import json
 import os
 import re
-import secrets
 import subprocess
 import sys
 import threading
@@ -87,7 +86,7 @@ class Lifecycles:
         with exclusive(self.home.lifecycles / "start.lock", what="The start of a lifecycle"):
             self._refuse_if_busy()
             now = datetime.now(UTC)
-            identity = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+            identity = f"{now:%Y%m%d-%H%M%S-%f}"
             audited(identity)
             folder = self.home.lifecycles / identity
             with disk_space_errors(folder):

@@ -9,7 +9,7 @@ from moestro.config import Config
 from moestro_services.gateway.openings import FIELD_PATTERN
 from moestro_services.gateway.schemas import ErrorBody
 
-LIFECYCLE_PATTERN = r"^[0-9]{8}-[0-9]{6}-[0-9a-f]{4}$"
+LIFECYCLE_PATTERN = r"^[0-9]{8}-[0-9]{6}-[0-9]{6}$"
 MAX_CHANGES = 64
 
 State = Literal["starting", "running", "stopping", "completed", "failed", "cancelled", "lost"]
@@ -83,7 +83,7 @@ class LifecycleSummary(Config):
     """A lifecycle that was started over the API."""
 
     id: str
-    """Its id: UTC time and a random suffix."""
+    """Its id: UTC time to the microsecond."""
     config: str
     """Name of the config."""
     changes: dict[str, Any]

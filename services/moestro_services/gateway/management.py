@@ -159,4 +159,5 @@ def _result(done: Promotion) -> PromotionResult:
         canary_share=done.canary_share,
         forced=done.forced,
         refused=tuple(done.refused),
+        changed=done.changed,
     )

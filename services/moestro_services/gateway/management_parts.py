@@ -1,6 +1,7 @@
 """What the management API asks of the gateway's other parts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Protocol
 
@@ -85,6 +86,10 @@ class Promotion(Protocol):
     def refused(self) -> Sequence[str]:
         """What the gates refused."""
 
+    @property
+    def changed(self) -> bool:
+        """False if everything was already so."""
+
 
 class Promotions(Protocol):
     """Changes of who gets traffic. Each writes to the audit log."""
@@ -131,36 +136,22 @@ class AuditEntry(Protocol):
 class Audit(Protocol):
     """The log of management calls."""
 
-    @property
-    def write(self) -> Callable[..., None]:
-        """Called as `write(actor, action, target, **details)`."""
+    def write(self, actor: str, action: str, target: str, **details: Any) -> None:
+        """Add an entry; `details` are JSON values."""
 
     def read(self, limit: int) -> Sequence[AuditEntry]:
         """The newest, newest first."""
 
 
-class ManagementParts(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class ManagementParts:
     """What `management` and `lifecycles` are made of."""
 
-    @property
-    def home(self) -> Home:
-        """The home."""
-
-    @property
-    def fleet(self) -> Fleet:
-        """What serves."""
-
-    @property
-    def models(self) -> Models:
-        """The model registry."""
-
-    @property
-    def promotions(self) -> Promotions:
-        """Changes."""
-
-    @property
-    def audit(self) -> Audit:
-        """The log of management calls."""
+    home: Home
+    fleet: Fleet
+    models: Models
+    promotions: Promotions
+    audit: Audit
 
 
 def _admin(request: Request) -> Caller:

@@ -102,6 +102,8 @@ class PromotionResult(Config):
     """Why it was done although gates refused; empty if none did."""
     refused: tuple[str, ...]
     """What the gates refused, with figure and threshold."""
+    changed: bool
+    """False if everything was already so."""
 
 
 class AuditRecord(Config):

@@ -52,6 +52,7 @@ REASONS = {
     429: "The key's limit is reached.",
     503: "For now nothing can be done about it; ask again.",
 }
+STREAM_ITEM = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string"}}}
 EVENTS_EXAMPLE = """retry: 2000
 
@@ -132,19 +133,25 @@ def _describe_model_call(path: str, operation: Operation) -> None:
     operation["requestBody"] = {"required": True, "content": {"application/json": body}}
     content = {
         "application/json": {"schema": {"$ref": REF.format(model=answer.__name__)}},
-        "text/event-stream": {"schema": {"type": "string"}, "example": STREAM_EXAMPLE},
+        "text/event-stream": {"itemSchema": STREAM_ITEM, "example": STREAM_EXAMPLE},
     }
     operation["responses"]["200"] = {"description": "vLLM's answer; events with `stream`.", "content": content}
 
 
 def _describe_events(operation: Operation) -> None:
+    """As FastAPI describes streams that it makes itself: `itemSchema` says what each event is."""
+    content = {"$ref": REF.format(model="LifecycleEvent")}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
     operation["responses"]["200"] = {
         "description": "Events until the lifecycle has ended, the last one `finished`; comments while nothing happens. "
         "Each event's data is a `LifecycleEvent`; with its id in Last-Event-ID one goes on after it.",
         "content": {
             "text/event-stream": {
-                "schema": {"type": "string"},
-                "x-event-schema": {"$ref": REF.format(model="LifecycleEvent")},
+                "itemSchema": {
+                    "type": "object",
+                    "required": ["id", "event", "data"],
+                    "properties": {"id": {"type": "string"}, "event": {"type": "string"}, "data": data},
+                },
                 "example": EVENTS_EXAMPLE,
             }
         },

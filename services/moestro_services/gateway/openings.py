@@ -12,7 +12,7 @@ from typing import Any
 from moestro.config import Config, LifecycleConfig, TaskConfig, validate
 from moestro.errors import ConfigError
 
-OPEN_FIELDS = frozenset({"path", "paths"})
+OPEN_FIELDS = frozenset({"pairs", "path", "paths"})
 """Names of the fields that name files or code, whatever config they stand in."""
 FIELD_PATTERN = r"^[a-z][a-z0-9_]{0,63}(\.[a-z0-9][a-z0-9_-]{0,63}){0,9}$"
 """A field by its dotted path: names of fields and domains, positions in lists."""

@@ -30,6 +30,7 @@ from moestro_services.gateway.lifecycles_feed import Feeds
 from moestro_services.gateway.lifecycles_runs import Lifecycles
 from moestro_services.gateway.listening import listen, serving
 from moestro_services.gateway.management import management
+from moestro_services.gateway.management_parts import ManagementParts
 from moestro_services.gateway.openapi import describe
 from moestro_services.gateway.schemas import ModelCard, ModelList
 from moestro_services.served import describe as served
@@ -85,9 +86,11 @@ try:
     tell("planned", run=run, name="small", steps=["corpus code", "seed"])
     record("running")
     tell("started", step="corpus code")
-    while (orders := home / "orders").exists():
-        for order in orders.read_text().split():
-            obey(order)
+    if (home / "orders").exists():
+        with open(os.open(home / "orders", os.O_RDWR)) as orders:
+            for line in orders:
+                for order in line.split():
+                    obey(order)
     obey("end")
 except KeyboardInterrupt:
     ended("corpus code", status="cancelled")
@@ -122,6 +125,7 @@ class FakePromotion:
     canary_share: float
     forced: str = ""
     refused: tuple[str, ...] = ()
+    changed: bool = True
 
 
 class FakeModels:
@@ -263,8 +267,11 @@ class Api:
     def made(self) -> FastAPI:
         app = FastAPI(docs_url=None, redoc_url=None)
         app.include_router(inventory(self.home, self.fleet))
-        app.include_router(management(self))
-        app.include_router(lifecycles(self, self.runs, self.feeds))
+        parts = ManagementParts(
+            home=self.home, fleet=self.fleet, models=self.models, promotions=self.promotions, audit=self.audit
+        )
+        app.include_router(management(parts))
+        app.include_router(lifecycles(parts, self.runs, self.feeds))
         _add_models(app)
         _add_refusals(app)
         describe(app)
@@ -277,7 +284,7 @@ class Api:
 
     def order(self, *words: str) -> None:
         """Tell the running one; returns when it listens."""
-        (self.home.path / "orders").write_text(" ".join(words))
+        (self.home.path / "orders").write_text(" ".join(words) + "\n")
 
     def configured(self, name: str = "small", **changes: Any) -> None:
         """Put a config into the home."""
@@ -307,7 +314,8 @@ def _add_models(app: FastAPI) -> None:
         return ModelList(data=(ModelCard(id="assistant", created=0, root="compress/c", max_model_len=512),))
 
     async def forward(request: Request) -> dict[str, Any]:
-        return {"id": "1", "object": "text_completion", "created": 0, "model": "assistant", "choices": []}
+        kind = "chat.completion" if "chat" in request.url.path else "text_completion"
+        return {"id": "1", "object": kind, "created": 0, "model": "assistant", "choices": []}
 
     for path in ("/v1/completions", "/v1/chat/completions"):
         app.post(path, tags=["models"], response_model=None, operation_id=path)(forward)

@@ -93,6 +93,7 @@ def test_a_change_is_for_that_run_alone(api: Any, admin: httpx.Client) -> None:
         {"seed": {"type": "import", "path": "/etc"}},
         {"branch.existing": {"code": {"path": "package:other"}}},
         {"rl": {"task": {"name": "chain_sum"}, "rewards": [{"type": "function", "path": "os:system"}]}},
+        {"rl": {"type": "dpo", "pairs": "/etc/passwd"}},
         {"rl": {"task": {"name": "spell_backward", "arguments": {"data_file": "../../../etc/passwd"}}}},
         {"unknown": 1},
         {"seed.unknown.steps": 1},
@@ -250,15 +251,15 @@ def test_pages_go_on_after_the_last_id(api: Any, admin: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("/api/lifecycles/20260102-030400-abcd", 404),
-        ("/api/lifecycles/20260102-030400-abcd/events", 404),
+        ("/api/lifecycles/20260102-030400-000001", 404),
+        ("/api/lifecycles/20260102-030400-000001/events", 404),
         ("/api/lifecycles/..%2F..%2Fruns", 404),
         ("/api/lifecycles/start.lock", 400),
         ("/api/lifecycles?after=..", 400),
     ],
 )
 def test_what_is_not_there_is_not_found(api: Any, admin: httpx.Client, path: str, status: int) -> None:
-    (api.home.lifecycles / "20260102-030400-abcd").mkdir(parents=True)  # one whose start did not get far
+    (api.home.lifecycles / "20260102-030400-000001").mkdir(parents=True)  # one whose start did not get far
     assert admin.get(path).status_code == status
 
 

@@ -63,7 +63,7 @@ CHANGES = [
     ("POST", "/api/models/assistant/rollback", {}),
     ("DELETE", f"{REGISTER}/1", None),
     ("POST", "/api/lifecycles", {"config": "small"}),
-    ("DELETE", "/api/lifecycles/20260102-030400-abcd", None),
+    ("DELETE", "/api/lifecycles/20260102-030400-000001", None),
     ("GET", "/api/audit", None),
 ]
 
