@@ -21,6 +21,7 @@ from moestro_services.cli.doctor import doctor
 from moestro_services.cli.ensemble import ensemble
 from moestro_services.cli.experts import experts
 from moestro_services.cli.index import index_app
+from moestro_services.cli.keys import keys_app
 from moestro_services.cli.lint import lint
 from moestro_services.cli.report import report
 from moestro_services.cli.run import plan, run
@@ -50,7 +51,7 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("doctor", doctor),
     ("clean", clean),
 ]
-GROUPS: list[tuple[str, typer.Typer]] = [("index", index_app), ("config", config_app)]
+GROUPS: list[tuple[str, typer.Typer]] = [("keys", keys_app), ("index", index_app), ("config", config_app)]
 
 app = typer.Typer(
     name="moestro",
