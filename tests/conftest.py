@@ -1,7 +1,11 @@
 """Settings for all tests, and tiny models: config fields of dense ones, and Mixtures-of-Experts of every kind."""
 
 import os
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +102,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def _prepared_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database that a tracker has prepared: making one takes seconds, copying it does not."""
+    from moestro.registry import Tracker
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    Tracker(f"sqlite:///{path}", (path.parent / "mlflow").as_uri()).prepare()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return path
+
+
+@pytest.fixture
+def prepare_mlflow(_prepared_mlflow: Path) -> Callable[[Path], None]:
+    """Gives a home folder an MLflow database of its own, as `Tracker.prepare` would."""
+
+    def prepare(home: Path) -> None:
+        files = home / "mlflow"
+        files.mkdir(parents=True)
+        shutil.copy(_prepared_mlflow.with_name("mlflow") / "home_id", files)
+        shutil.copy(_prepared_mlflow, home / "mlflow.db")
+        with closing(sqlite3.connect(home / "mlflow.db")) as database, database:
+            database.execute("update experiments set artifact_location = ?", [f"{files.as_uri()}/moestro"])
+
+    return prepare

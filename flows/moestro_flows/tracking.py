@@ -15,7 +15,7 @@ from moestro import figures
 from moestro.artifacts import Artifact, LifecycleRun, Record, read_runs
 from moestro.errors import StoppedError, noting, told
 from moestro.execution import Step
-from moestro.registry import Registry, TrackedRun, Tracker, connect
+from moestro.registry import ModelRegistry, Registry, TrackedRun, Tracker, connect
 from moestro_flows.home import Home
 
 EXPERIMENT = "moestro"
@@ -49,12 +49,13 @@ class TrackedStep:
 class Tracking:
     """The indexes of one lifecycle run."""
 
-    def __init__(self, tracker: Tracker, registry: Registry, run: TrackedRun) -> None:
+    def __init__(self, tracker: Tracker, models: ModelRegistry, registry: Registry, run: TrackedRun) -> None:
         self._tracker = tracker
+        self._models = models
         self._registry = registry
         self._run = run
         self._lock = threading.Lock()
-        self._final: tuple[Artifact, Record] | None = None
+        self._deployment: Artifact | None = None
         self._evaluations: dict[str, dict[str, float]] = {}
         self.run_id = run.id
 
@@ -71,7 +72,8 @@ class Tracking:
             registry.index_run(killed)
         registry.index_run(run)
         tracked.tag("reused", ", ".join(name for name, action in steps if action == "reuse"))
-        return cls(tracker, registry, tracked)
+        models = ModelRegistry(home.mlflow_uri, home.mlflow_files)
+        return cls(tracker, models, registry, tracked)
 
     @contextmanager
     def step(self, name: str, step: Step, fingerprint: str, *, reused: bool) -> Iterator[TrackedStep]:
@@ -95,22 +97,23 @@ class Tracking:
                 run.finish()
 
     def note(self, name: str, artifact: Artifact, record: Record) -> None:
-        """Remember what the parent run shows at the end: held-out losses by stage, and the last checkpoint."""
+        """Remember what the parent run shows at the end: held-out losses by stage, and the deployment."""
         with self._lock:
             if record.stage == "evaluate":
                 self._evaluations[name.removeprefix("evaluate ")] = record.result["held_out_loss"]
-            if (artifact.path / "config.json").exists():
-                self._final = (artifact, record)
+            if record.stage == "deploy":
+                self._deployment = artifact
 
     def finish(self, run: LifecycleRun, *, model_name: str | None) -> None:
-        """End the parent run. A completed one shows its figures and registers its final checkpoint as @champion."""
+        """End the parent run. A completed one shows its figures and introduces its deployment to the model registry:
+        the first as @champion, later ones as @challenger, and one that was introduced before not again."""
         with self._lock:
             self._registry.index_run(run)
             if run.status == "completed":
                 if self._evaluations:
                     self._run.log_figure("held_out_loss", figures.held_out_loss(self._evaluations))
-                if model_name and self._final:
-                    self._tracker.register(model_name, self._final[0], run_id=self.run_id, alias="champion")
+                if model_name and self._deployment:
+                    self._models.introduce(model_name, self._deployment, run_id=self.run_id)
             self._run.finish(run.status)
             self._registry.close()
 

@@ -31,7 +31,7 @@ class FullDisk:
 
 def test_a_step_fails_with_its_own_error_where_tracking_fails_too() -> None:
     broken: Any = FullDisk()
-    tracking = Tracking(broken, broken, broken)
+    tracking = Tracking(broken, broken, broken, broken)
     step: Any = type("Step", (), {"stage": "tune", "config": load_lifecycle(TINY)})
     failing = tracking.step("tune", step, "f" * 64, reused=False)
     with pytest.raises(InputError, match="no tokens") as raised, failing:

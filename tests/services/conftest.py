@@ -455,3 +455,28 @@ def deploy_tiny() -> Callable[..., Artifact]:
 
 def _write(served: dict[str, Any], out: Path) -> None:
     (out / "deployment.json").write_text(json.dumps(served))
+
+
+class Deploying:
+    """A home with MLflow, in which deployments of made up checkpoints are published."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self._build = HomeBuilder(home)
+
+    def __call__(self, letter: str, **content: Any) -> Artifact:
+        """The deployment of a checkpoint of its own; `content` goes into `deployment.json`."""
+        checkpoint = self._build.add(f"compress {letter}", {})
+        served = {"name": "assistant", "dtype": "float32", "max_model_len": 512} | content
+        served["checkpoint"] = {"stage": "compress", "fingerprint": checkpoint.fingerprint}
+        files = {"deployment.json": served}
+        return self._build.add(f"deploy {letter}", {"model": checkpoint}, result={"load_seconds": 1.5}, files=files)
+
+
+@pytest.fixture
+def deploying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare_mlflow: Callable[[Path], None]) -> Deploying:
+    """A home without models; MOESTRO_HOME points to it."""
+    home = Home(tmp_path / "models")
+    monkeypatch.setenv("MOESTRO_HOME", str(home.path))
+    prepare_mlflow(home.path)
+    return Deploying(home)

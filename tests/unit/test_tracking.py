@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import pytest
 from matplotlib.figure import Figure
 
-from moestro.artifacts import Artifact
 from moestro.errors import ConfigError, ResourceError
 from moestro.registry import TrackedRun, Tracker
 from moestro.registry.params import MAX_VALUE, entity_name, flatten_params
@@ -173,24 +172,6 @@ def test_reconcile_kills_stale_runs_of_this_home_alone(tracker: Tracker) -> None
     assert all_runs(tracker)["stale"].info.end_time
     assert tracker.reconcile() == [live.id]
     assert tracker.reconcile() == []
-
-
-def test_alias_moves_to_the_newest_artifact_and_back(tracker: Tracker, tmp_path: Path) -> None:
-    run = start(tracker, "rl")
-    first, second = (Artifact(tmp_path, "rl", letter * 64) for letter in "ab")
-    mlflow = client(tracker.uri)
-    assert tracker.register("assistant", first, run.id, "champion") == "1"
-    assert tracker.register("assistant", second, run.id, "champion") == "2"
-    champion = mlflow.get_model_version_by_alias("assistant", "champion")
-    assert (champion.version, champion.status, champion.run_id) in ((2, "READY", run.id), ("2", "READY", run.id))
-    assert champion.tags["moestro.fingerprint"] == "b" * 64
-    assert champion.tags["moestro.path"] == str(tmp_path)
-    assert tracker.register("assistant", second, run.id, None) == "2"
-    assert tracker.register("assistant", first, run.id, "champion") == "1"
-    assert str(mlflow.get_model_version_by_alias("assistant", "champion").version) == "1"
-    assert len(mlflow.search_model_versions("name = 'assistant'")) == 2
-    run.finish()
-    assert list(Path.cwd().iterdir()) == []
 
 
 def test_long_and_many_params_are_kept_within_the_limits(tracker: Tracker) -> None:

@@ -1,11 +1,10 @@
-"""MLflow: one run per lifecycle, one nested run per step, and a registered model per deployment.
+"""MLflow: one run per lifecycle, and one nested run per step. `model_registry` has the models.
 
 Only `MlflowClient` with explicit run ids is used. MLflow's fluent functions keep the active run per thread, and start
 a new one, which then runs for ever, wherever they find none: in threads, Prefect tasks, Ray workers.
 """
 
 import socket
-import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,16 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from moestro.artifacts import Artifact, Reporter, exclusive
+from moestro.artifacts import Reporter, exclusive
 from moestro.errors import ConfigError, ResourceError
-from moestro.registry.database import initialising, open_engine, write_ahead_log
+from moestro.registry.database import initialising, open_engine, parse_url, write_ahead_log
 from moestro.registry.params import flatten_params
 from moestro.registry.tracked_run import MAX_TAG, TrackedRun, client
 
 HOME_TAG = "moestro.home"
-STAGE_TAG = "moestro.stage"
-FINGERPRINT_TAG = "moestro.fingerprint"
-PATH_TAG = "moestro.path"
 PARENT_TAG = "mlflow.parentRunId"
 MAX_PARAMS = 100
 UNPREPARED = "Prepare the tracker first (`Tracker.prepare`)."
@@ -33,7 +29,7 @@ class Tracker:
 
     def __init__(self, uri: str, files_root: str, *, experiment: str = "moestro") -> None:
         self.uri = uri
-        self.files = _folder(files_root)
+        self.files = local_folder(files_root)
         self.experiment = experiment
 
     def prepare(self) -> None:
@@ -50,7 +46,7 @@ class Tracker:
             mlflow = client(self.uri)
             experiment = mlflow.get_experiment_by_name(self.experiment)
             if experiment is None:
-                location = None if _is_server(self.uri) else f"{self.files.as_uri()}/{self.experiment}"
+                location = None if is_server(self.uri) else f"{self.files.as_uri()}/{self.experiment}"
                 mlflow.create_experiment(self.experiment, artifact_location=location)
             elif experiment.lifecycle_stage == "deleted":
                 mlflow.restore_experiment(experiment.experiment_id)
@@ -95,56 +91,10 @@ class Tracker:
             mlflow.set_terminated(run_id, "KILLED")
         return stale
 
-    def register(self, name: str, artifact: Artifact, run_id: str, alias: str | None) -> str:
-        """The version of model `name` that stands for `artifact`, made if there is none; `alias` then points to it.
-
-        The weights stay in the artifact store: MLflow gets an external model that names the artifact. A model
-        version that names a local path directly would be refused by MLflow's HTTP server.
-        """
-        from mlflow.exceptions import MlflowException
-
-        mlflow = client(self.uri)
-        try:
-            mlflow.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        version = self._version(name, artifact) or self._create_version(name, artifact, run_id)
-        if alias:
-            mlflow.set_registered_model_alias(name, alias, version)
-        return version
-
-    def _version(self, name: str, artifact: Artifact) -> str | None:
-        found = client(self.uri).search_model_versions(
-            f"name = '{name}' AND tags.`{FINGERPRINT_TAG}` = '{artifact.fingerprint}'"
-        )
-        return str(found[0].version) if found else None
-
-    def _create_version(self, name: str, artifact: Artifact, run_id: str) -> str:
-        from mlflow.models.utils import get_external_mlflow_model_spec
-
-        tags = {STAGE_TAG: artifact.stage, FINGERPRINT_TAG: artifact.fingerprint, PATH_TAG: str(artifact.path)}
-        mlflow = client(self.uri)
-        model = mlflow.create_logged_model(
-            self._experiment_id(),
-            name=name,
-            source_run_id=run_id,
-            tags={**tags, "mlflow.model.isExternal": "true"},
-            model_type=artifact.stage,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            get_external_mlflow_model_spec(model).save(str(Path(folder) / "MLmodel"))
-            mlflow.log_model_artifacts(model.model_id, folder)
-        mlflow.finalize_logged_model(model.model_id, "READY")
-        # A server refuses local paths; the embedded store looks `models:/` up in whatever MLflow's global URI names.
-        source = model.model_uri if _is_server(self.uri) else model.artifact_location
-        created = mlflow.create_model_version(name, source, run_id, tags=tags, model_id=model.model_id)
-        return str(created.version)
-
     def _experiment_id(self) -> str:
         experiment = client(self.uri).get_experiment_by_name(self.experiment)
         if experiment is None:
-            raise ResourceError(f"MLflow at {_shown(self.uri)} has no experiment {self.experiment!r}.", hint=UNPREPARED)
+            raise ResourceError(f"MLflow at {shown(self.uri)} has no experiment {self.experiment!r}.", hint=UNPREPARED)
         return str(experiment.experiment_id)
 
     def _home_id(self) -> str:
@@ -159,8 +109,8 @@ class Tracker:
 def _only_one(uri: str, files: Path) -> Iterator[None]:
     """Hold the right to set up the tracking database; also lays the ground that MLflow does not lay itself."""
     files.mkdir(parents=True, exist_ok=True)
-    if _is_server(uri):
-        _reach(uri)
+    if is_server(uri):
+        reach(uri)
         with exclusive(files / "home.lock", what=str(files), wait=True):
             yield
         return
@@ -172,7 +122,7 @@ def _only_one(uri: str, files: Path) -> Iterator[None]:
     engine.dispose()
 
 
-def _reach(uri: str) -> None:
+def reach(uri: str) -> None:
     """Raise `ResourceError` at once where MLflow would retry for minutes."""
     parts = urlsplit(uri)
     try:
@@ -181,22 +131,26 @@ def _reach(uri: str) -> None:
         ).close()
     except OSError as error:
         raise ResourceError(
-            f"The MLflow server {_shown(uri)} cannot be reached: {error.strerror or error}.",
+            f"The MLflow server {shown(uri)} cannot be reached: {error.strerror or error}.",
             hint="Start it, or unset MLFLOW_TRACKING_URI to use the embedded one.",
         ) from None
 
 
-def _is_server(uri: str) -> bool:
+def is_server(uri: str) -> bool:
+    """Whether `uri` is that of a tracking server, not of a database."""
     return urlsplit(uri).scheme in ("http", "https")
 
 
-def _shown(uri: str) -> str:
-    """`uri` without user and password."""
+def shown(uri: str) -> str:
+    """`uri` without its password; a server's without user as well."""
+    if not is_server(uri):
+        return parse_url(uri).render_as_string(hide_password=True)
     parts = urlsplit(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def _folder(files_root: str) -> Path:
+def local_folder(files_root: str) -> Path:
+    """The folder that `files_root` (`file:///…`) names; raises `ConfigError` if it is none on this machine."""
     parts = urlsplit(files_root)
     if parts.scheme != "file" or parts.netloc:
         raise ConfigError(

@@ -17,13 +17,16 @@ from moestro_services.cli.bench import bench
 from moestro_services.cli.changing import append, remove
 from moestro_services.cli.clean import clean
 from moestro_services.cli.config_schema import config_app
+from moestro_services.cli.deploy import deploy
 from moestro_services.cli.doctor import doctor
 from moestro_services.cli.ensemble import ensemble
 from moestro_services.cli.experts import experts
 from moestro_services.cli.index import index_app
 from moestro_services.cli.keys import keys_app
 from moestro_services.cli.lint import lint
+from moestro_services.cli.promote import promote
 from moestro_services.cli.report import report
+from moestro_services.cli.rollback import rollback
 from moestro_services.cli.run import plan, run
 from moestro_services.cli.serve import serve
 from moestro_services.cli.show import show
@@ -45,6 +48,9 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("show", show),
     ("experts", experts),
     ("report", report),
+    ("deploy", deploy),
+    ("promote", promote),
+    ("rollback", rollback),
     ("serve", serve),
     ("ui", ui),
     ("bench", bench),

@@ -1,4 +1,4 @@
-"""`moestro show`: runs, one run's steps, artifacts, one artifact and what it was made from."""
+"""`moestro show`: runs, one run's steps, artifacts, one artifact and what it was made from, registered models."""
 
 from typing import Annotated, Any
 
@@ -20,19 +20,23 @@ def show(
     what: Annotated[
         str,
         typer.Argument(
-            help="runs | artifacts | latest | a run's id or name | an artifact: folder, stage (newest) or fingerprint"
+            help="runs | artifacts | models | latest | a run's id or name | an artifact: folder, stage or fingerprint"
         ),
     ] = "runs",
     stage: Annotated[str, typer.Option("--stage", help="Only artifacts of this stage.")] = "",
     json: Json = False,
 ) -> None:
-    """Show runs, one run with its steps, artifacts, or one artifact with its lineage."""
+    """Show runs, one run with its steps, artifacts, one artifact with its lineage, or who gets traffic (models)."""
     catalog = Catalog(Home.current())
     if what == "runs":
         emit({"runs": [_summary(run) for run in catalog.runs]}, lambda: _runs(catalog), json=json)
     elif what == "artifacts":
         entries = _of_stage(catalog, stage)
         emit({"artifacts": [_artifact_row(entry) for entry in entries]}, lambda: _artifacts(entries), json=json)
+    elif what == "models":
+        from moestro_services.cli.show_models import show_models
+
+        show_models(catalog.home, json=json)
     elif run := _meant_run(catalog, what):
         data = run.model_dump(mode="json") | {"steps": [_step(catalog, run, at) for at in range(len(run.steps))]}
         emit(data, lambda: _run(catalog, run), json=json)

@@ -41,7 +41,7 @@ def stage(
     json: Json = False,
 ) -> None:
     """Run one stage alone. Inputs are artifacts of Moestro's or any Hugging Face directory."""
-    run_and_tell(name, _stage_config(name, config, domain), inputs or [], out, cpus=cpus, json=json)
+    run_and_tell(name, stage_config(name, config, domain), inputs or [], out, cpus=cpus, json=json)
 
 
 def evaluate(
@@ -57,7 +57,7 @@ def evaluate(
             raise ConfigError(f"--tokens {item}: expected DOMAIN=FOLDER.")
     fields: dict[str, Any] = {"max_tokens": max_tokens, "task": {"name": task} if task else None}
     config = validate(EvaluateConfig, fields, where="moestro eval")
-    given = _inputs("evaluate", [f"model={checkpoint}", *(f"tokens/{item}" for item in tokens)])
+    given = stage_inputs("evaluate", [f"model={checkpoint}", *(f"tokens/{item}" for item in tokens)])
     with TemporaryDirectory() as folder:
         result = _run_alone("evaluate", config, given, Path(folder) / "evaluation", None).record.result
     emit(result, lambda: Group(*_render({"result": result})), json=json)
@@ -74,7 +74,7 @@ def run_and_tell(
         TemporaryFile(dir=out.parent).close()
     except OSError as error:
         raise ConfigError(f"{out} cannot be made ({error.strerror}).") from None
-    record = _run_alone(name, config, _inputs(name, inputs), out, cpus).record
+    record = _run_alone(name, config, stage_inputs(name, inputs), out, cpus).record
     data = {"stage": name, "out": str(out), "fingerprint": record.fingerprint, "result": record.result}
     emit(data, lambda: Group(*_render(data)), json=json)
 
@@ -82,18 +82,23 @@ def run_and_tell(
 def _run_alone(name: str, config: Config, inputs: dict[str, Any], out: Path, cpus: int | None) -> Artifact:
     """Run in a store of its own beside `out`, and move the result to `out`. The store stays only if an interrupted
     attempt left something in it to resume from."""
-    from moestro.execution import Step, run_step
-
     store = ArtifactStore(out.parent / f".{out.name}.moestro")
-    listener = LiveProgress(Console(stderr=True))
-    reporter = _Alone(listener, name)
-    with others_on_stderr(), _tidied(store.root), listener.listening():
-        listener.started(name)
-        artifact = run_step(
-            store, Step(name, config, inputs), resources=Resources(cpus=cpus), reporter=reporter, extras=_extras(name)
-        )
+    with _tidied(store.root):
+        artifact = run_in(store, name, config, inputs, cpus=cpus)
         artifact.path.rename(out)
     return replace(artifact, path=out)
+
+
+def run_in(store: ArtifactStore, name: str, config: Config, inputs: dict[str, Any], *, cpus: int | None) -> Artifact:
+    """Run one stage, or find its artifact, in `store`; what it reports is shown on standard error."""
+    from moestro.execution import Step, run_step
+
+    listener = LiveProgress(Console(stderr=True))
+    reporter = _Alone(listener, name)
+    step = Step(name, config, inputs)
+    with others_on_stderr(), listener.listening():
+        listener.started(name)
+        return run_step(store, step, resources=Resources(cpus=cpus), reporter=reporter, extras=_extras(name))
 
 
 def _extras(name: str) -> dict[str, Any]:
@@ -135,8 +140,8 @@ class _Alone:
         self.listener.metrics(self.name, values, step)
 
 
-def _stage_config(name: str, path: Path, domain: str) -> Config:
-    """The stage's config from its own file or out of a lifecycle's."""
+def stage_config(name: str, path: Path, domain: str = "") -> Config:
+    """The stage's config from its own file or out of a lifecycle's; raises `ConfigError` if it is in neither."""
     from moestro.config import LifecycleConfig
     from moestro.stages import STAGES
 
@@ -163,8 +168,12 @@ def _stage_config(name: str, path: Path, domain: str) -> Config:
     return configs[domain]
 
 
-def _inputs(name: str, pairs: list[str]) -> dict[str, Any]:
-    """`role=folder` pairs as the stage's inputs; roles with a slash are collected into mappings."""
+def stage_inputs(name: str, pairs: list[str]) -> dict[str, Any]:
+    """`role=folder` pairs as the stage's inputs; roles with a slash are collected into mappings.
+
+    Raises `ConfigError` for a pair that the stage has no use for and for one that is missing, `InputError` for a folder
+    that is not there, `ArtifactError` for one that was changed.
+    """
     from moestro.stages import STAGES
 
     stage, folders = STAGES[name], {}
