@@ -12,9 +12,10 @@ import openai
 import pytest
 
 from moestro_flows.home import Home
-from moestro_services.gateway.access import Guarded
 from moestro_services.gateway.app import Parts, create_app
+from moestro_services.gateway.door import Door
 from moestro_services.gateway.errors import Refused
+from moestro_services.gateway.limits import Limits
 from moestro_services.gateway.listening import listen, serving
 
 ASK = {"model": "assistant", "prompt": "12 + 7 =", "max_tokens": 4}
@@ -22,8 +23,8 @@ ASK = {"model": "assistant", "prompt": "12 + 7 =", "max_tokens": 4}
 
 @pytest.fixture
 def base_url(tmp_path: Any, fleet: Any) -> Iterator[str]:
-    def door(app: Any, _traffic: Any) -> Any:
-        return Guarded(app, None)
+    def door(app: Any, traffic: Any) -> Any:
+        return Door(app, keys=None, limits=Limits(), counted=traffic.refused)
 
     app = create_app(Parts(home=Home(tmp_path), fleet=fleet, wraps=(door,), max_body_bytes=10_000))
     with serving(app, listen("127.0.0.1", 0)) as url:

@@ -149,8 +149,8 @@ def test_a_canary_that_fails_is_rolled_back_by_itself(
 ) -> None:
     rolled = threading.Event()
 
-    def roll_back(name: str, reason: str) -> None:
-        assert name == "assistant"
+    def roll_back(name: str, version: str, reason: str) -> None:
+        assert (name, version) == ("assistant", "2")
         assert "version 2 failed" in reason
         fleet.apply([models.model(champion="1")])
         rolled.set()

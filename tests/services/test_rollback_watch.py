@@ -22,7 +22,8 @@ class Rolled:
         self.changed = threading.Condition()
         self.busy = 0
 
-    def __call__(self, name: str, reason: str) -> None:
+    def __call__(self, name: str, version: str, reason: str) -> None:
+        assert version == "2"
         with self.changed:
             self.heard.append((name, reason))
             self.changed.notify_all()

@@ -113,7 +113,7 @@ def _render(
     yield f"\nreport     moestro report {run.id}"
     yield "MLflow, Prefect and gateway   moestro ui"
     if config.deploy:
-        yield "serve      moestro serve"
+        yield "serve      moestro serve --no-auth"
 
 
 def _plan_table(rows: list[dict[str, Any]]) -> Iterator[Any]:

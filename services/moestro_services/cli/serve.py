@@ -3,7 +3,6 @@
 import json as json_format
 import sys
 from functools import partial
-from pathlib import Path
 from threading import Event
 from typing import Annotated
 
@@ -11,18 +10,20 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from moestro.errors import ConfigError
 from moestro_flows.home import Home
 from moestro_services.cli.output import Json
 from moestro_services.cli.stopping import until_stopped
+from moestro_services.gateway.keys import KeyRing
 
 MODELS = (
     "Registered models to serve, default all; or one deployment by its folder or the beginning of its fingerprint. "
     "Where nothing is registered, the newest deployment."
 )
 Models = Annotated[list[str] | None, typer.Argument(help=MODELS, show_default=False)]
-Host = Annotated[str, typer.Option("--host", help="Address to bind; other than loopback needs a key.")]
+Host = Annotated[str, typer.Option("--host", help="Address to bind.")]
 Port = Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)]
-KeyFile = Annotated[Path | None, typer.Option("--api-key-file", help="File with the key that requests must bear.")]
+NoAuth = Annotated[bool, typer.Option("--no-auth", help="Ask for no key, and let only this machine in.")]
 CacheSize = Annotated[
     float, typer.Option("--kv-cache-gib", help="Memory of each model server's KV cache in GiB.", min=0.01)
 ]
@@ -39,7 +40,7 @@ def serve(  # noqa: PLR0917
     models: Models = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    api_key_file: KeyFile = None,
+    no_auth: NoAuth = False,
     kv_cache_gib: CacheSize = 0.5,
     rollback: Rollback = True,
     rollback_requests: Requests = 50,
@@ -49,15 +50,14 @@ def serve(  # noqa: PLR0917
     json: Json = False,
 ) -> None:
     """Serve models over an OpenAI-compatible REST API until Ctrl-C. Traffic follows the model registry's aliases."""
-    from moestro_services.gateway.access import read_key
     from moestro_services.gateway.launch import Address, following, gateway
     from moestro_services.gateway.sources import Fixed, ServerSettings, chosen
     from moestro_services.gateway.watch import RollbackRule
 
     home = Home.current()
     home.prepare()
-    at = Address(host, port, read_key(api_key_file) if api_key_file else None)
     source = chosen(home, models or (), ServerSettings(kv_cache_gib=kv_cache_gib))
+    at = Address(host, port, None if no_auth else _keys(home))
     rule = RollbackRule(
         min_requests=rollback_requests,
         max_error_excess=rollback_errors,
@@ -77,6 +77,16 @@ def serve(  # noqa: PLR0917
         progress.stop()
         _announce(running.url, sorted(running.fleet.ready), json=json)
         Event().wait()
+
+
+def _keys(home: Home) -> KeyRing:
+    keys = KeyRing.of(home)
+    if not any(key.live for key in keys.list()):
+        raise ConfigError(
+            "There is no API key, so nobody could ask.",
+            hint="Make one with `moestro keys create NAME`, or serve this machine alone with --no-auth.",
+        )
+    return keys
 
 
 def _announce(url: str, models: list[str], *, json: bool) -> None:

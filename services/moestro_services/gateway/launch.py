@@ -11,15 +11,21 @@ from starlette.types import ASGIApp
 from moestro.artifacts import Artifact
 from moestro.errors import ResourceError
 from moestro_flows.home import Home
-from moestro_services.gateway.access import Guarded, check_exposure
+from moestro_services.audit import Audit
+from moestro_services.gateway.access import check_exposure
 from moestro_services.gateway.app import Parts, Wrap, create_app
 from moestro_services.gateway.controller import Controller
+from moestro_services.gateway.door import Door
 from moestro_services.gateway.fleet import Fleet, Table
+from moestro_services.gateway.keys import KeyRing
+from moestro_services.gateway.limits import Limits
 from moestro_services.gateway.listening import listen, serving
 from moestro_services.gateway.replica import State
+from moestro_services.gateway.requests_log import Logged, RequestLog
 from moestro_services.gateway.sources import Fixed, Source
 from moestro_services.gateway.traffic import Traffic
 from moestro_services.gateway.watch import RollBack, RollbackRule, Watch
+from moestro_services.promotion import Promotions
 
 LOOPBACK = "127.0.0.1"
 ASK_SECONDS = 300
@@ -34,8 +40,10 @@ class Address:
     host: str = LOOPBACK
     port: int = 0
     """0 takes a free one."""
-    api_key: str | None = None
-    """What requests must bear; needed beyond loopback."""
+    keys: KeyRing | None = None
+    """Whose keys requests must bear; None lets everyone on this machine in, and nobody else."""
+    limits: Limits = field(default_factory=Limits)
+    """What a caller may use whose key has no limits of its own."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +72,18 @@ class Following:
     """When a new version is rolled back; None never does."""
     roll_back: RollBack | None = None
     """Does it."""
-    failures: tuple[type[Exception], ...] = field(default=())
+    failures: tuple[type[Exception], ...] = ()
     """What reading the registry and rolling back may raise beside Moestro's own errors."""
 
 
 def following(home: Home, rule: RollbackRule | None) -> Following:
-    """How the model registry of `home` is followed."""
-    del home
-    return Following(rule=rule)
+    """How the model registry of `home` is followed; `rule` says when the gateway takes a version back itself."""
+    promotions = Promotions(home, Audit.of(home))
+
+    def roll_back(name: str, version: str, reason: str) -> None:
+        promotions.rollback(name, reason=reason, actor="gateway", version=version)
+
+    return Following(rule, roll_back)
 
 
 @contextmanager
@@ -81,7 +93,7 @@ def gateway(home: Home, source: Source, at: Address, *, say: Say, follow: Follow
     It answers at once, with 503 for models whose servers are still starting. Raises `BusyError` if the port is in
     use, before anything is started, and `ConfigError` for a host beyond loopback without a key.
     """
-    check_exposure(at.host, at.api_key)
+    check_exposure(at.host, at.keys)
     follow = follow or Following()
     with ExitStack() as stack:
         made = listen(at.host, at.port)
@@ -92,7 +104,7 @@ def gateway(home: Home, source: Source, at: Address, *, say: Say, follow: Follow
         if follow.rule and follow.roll_back:
             watch = Watch(follow.rule, follow.roll_back, failures=follow.failures)
             fleet.watchers.append(watch.follow)
-        wraps: tuple[Wrap, ...] = (partial(_door, at.api_key),)
+        wraps: tuple[Wrap, ...] = (partial(_logged, RequestLog.of(home)), partial(_door, at))
         app = create_app(Parts(home=home, fleet=fleet, watch=watch, wraps=wraps))
         url = stack.enter_context(serving(app, made))
         stack.enter_context(Controller(fleet, source.read, failures=follow.failures))
@@ -129,8 +141,12 @@ def _words(state: State, reason: str, label: str, restarts: int) -> str:
     return {State.SERVING: f"{label} answers.", State.LOST: f"{label} is lost: {reason}"}.get(state, "")
 
 
-def _door(key: str | None, app: ASGIApp, _traffic: Traffic) -> ASGIApp:
-    return Guarded(app, key)
+def _logged(log: RequestLog, app: ASGIApp, _traffic: Traffic) -> ASGIApp:
+    return Logged(app, log=log)
+
+
+def _door(at: Address, app: ASGIApp, traffic: Traffic) -> ASGIApp:
+    return Door(app, keys=at.keys, limits=at.limits, counted=traffic.refused)
 
 
 def _lost(fleet: Fleet) -> str:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from moestro.artifacts import Artifact
 from moestro.errors import ArtifactError, InputError
 from moestro.inference.server import ServerConfig, VllmServer
+from moestro.registry.model_registry import ModelRegistry
 from moestro.registry.model_versions import CHAMPION, ModelVersion, RegisteredModel
 from moestro_flows.home import Home
 from moestro_services.catalog import Catalog
@@ -101,21 +101,16 @@ class Fixed:
         return open_version(self._home, self._artifact, version.name, version.version, self._settings)
 
 
-def registered_models(home: Home) -> Sequence[RegisteredModel]:
-    """What the model registry of `home` holds."""
-    del home
-    return ()
-
-
 def chosen(home: Home, references: Sequence[str], settings: ServerSettings | None = None) -> Source:
     """What is to be served: the registered models of these names, all of them if there are no names, or the one
     deployment that a folder or the beginning of a fingerprint means; the newest where nothing is registered.
 
-    Raises `ArtifactError` or `InputError` if there is no such thing.
+    Raises `ArtifactError` or `InputError` if there is no such thing, `ResourceError` if MLflow cannot be reached.
     """
-    names = {model.name for model in registered_models(home)}
+    registry = ModelRegistry(home.mlflow_uri, home.mlflow_files)
+    names = {model.name for model in registry.models()}
     if names and names.issuperset(references):
-        return Registered(home, partial(registered_models, home), names=references, settings=settings)
+        return Registered(home, registry.models, names=references, settings=settings)
     if len(references) > 1:
         unknown = ", ".join(sorted({*references} - names))
         raise InputError(f"Not registered: {unknown}.", hint=f"There are {', '.join(sorted(names)) or 'no models'}.")

@@ -21,8 +21,8 @@ LONGEST_WINDOW = 4096
 CHECK_SECONDS = 1.0
 
 Key = tuple[str, str]
-RollBack = Callable[[str, str], object]
-"""Rolls a model back, with the reason in words."""
+RollBack = Callable[[str, str, str], object]
+"""Rolls a model back: its name, the version that is to go, and the reason in words."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Watch:
     def _act(self, name: str, suspect: _Suspect, reason: str) -> None:
         LOG.warning("Rolling %s back: %s", name, reason)
         try:
-            self._roll_back(name, reason)
+            self._roll_back(name, suspect.version, reason)
         except self._failures as error:
             LOG.warning("Rolling %s back failed: %s", name, told(error))
             suspect.acted = False
