@@ -119,7 +119,7 @@ def test_killed_promoted_and_rolled_back_under_load(tmp_path: Path, deploy_tiny:
             challenger.until(200, "tiny@2")
             (server,) = processes(f"--port {ports(running)['1']} ", "api_server")
             (other,) = processes(f"--port {ports(running)['2']} ", "api_server")
-            (engine,) = (child for child in other.children() if "EngineCore" in " ".join(child.cmdline()))
+            (engine,) = set(processes("EngineCore")) & set(other.children())
             server.kill()
             engine.kill()
             for clients, version in ((champion, "tiny@1"), (challenger, "tiny@2")):
