@@ -75,7 +75,7 @@ def test_compose_services_depend_on_services_and_use_volumes_that_are_declared()
         for volume in service.get("volumes", []):
             source = volume.partition(":")[0]
             assert source in compose["volumes"] or source.startswith("$"), name
-        assert set(service.get("secrets", [])) <= set(compose["secrets"]), name
+        assert set(service.get("secrets", [])) <= set(compose.get("secrets", {})), name
 
 
 def test_images_follow_the_pinned_versions() -> None:

@@ -137,6 +137,7 @@ def test_report_is_written(built_home: Home, tmp_path: Path) -> None:
         (["report", "--out", "/proc/nowhere/report.html"], "ConfigError", "cannot be written"),
         (["serve", "mix", "--port", "0"], "ArtifactError", "is not a deployment"),
         (["serve", "--host", "0.0.0.0"], "ConfigError", "no API key"),
+        (["serve"], "ConfigError", "no API key"),
     ],
 )
 def test_mistakes_are_moestro_errors(built_home: Home, arguments: list[str], kind: str, words: str) -> None:

@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import openai
 import pytest
@@ -328,7 +329,7 @@ def nothing() -> None:
     """A route's end."""
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(path=st.lists(st.sampled_from(["/", ".", "..", "v1", "api", "health", "%", "x", "\\", ";"]), max_size=8))
 def test_no_path_passes_for_another_in_a_real_router(path: list[str]) -> None:
     """What the router gives to a route under /api, the door has taken for something under /api."""
@@ -484,6 +485,34 @@ def test_a_stream_that_takes_too_long_is_cut_off(hasty: Gateway) -> None:
     assert hasty.inside.left.wait(10)
     assert hasty.counted == {"request_seconds": 1}
     assert hasty.in_flight() == 0
+
+
+def test_an_application_of_task_groups_is_ended_in_time(tmp_path: Path) -> None:
+    """As the proxy is one: a task waits for the client to leave while another asks the model's server."""
+    ended: list[str] = []
+
+    async def proxy(_scope: AsgiScope, receive: Receive, _send: Send) -> None:
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(receive)
+                await anyio.sleep_forever()
+        finally:
+            ended.append("all of it")
+
+    messages: list[Message] = []
+
+    async def never() -> Message:
+        return await asyncio.get_running_loop().create_future()
+
+    async def send(message: Message) -> None:
+        messages.append(message)
+
+    door = Door(proxy, keys=None, limits=Limits(request_seconds=0.05), counted=lambda _: None)
+    headers = [(b"host", b"localhost")]
+    asyncio.run(door({"type": "http", "method": "POST", "path": "/v1/x", "headers": headers}, never, send))
+    assert ended == ["all of it"]
+    assert messages[0]["status"] == 504
+    assert (b"x-should-retry", b"false") in messages[0]["headers"]
 
 
 def test_events_of_the_management_api_may_last(hasty: Gateway) -> None:

@@ -13,8 +13,10 @@ from moestro.errors import BusyError, ResourceError
 from moestro_flows.home import Home
 from moestro_services.catalog import Catalog
 from moestro_services.gateway.app import Parts, create_app
+from moestro_services.gateway.caller import Scope
 from moestro_services.gateway.door import Door
 from moestro_services.gateway.fleet import Fleet
+from moestro_services.gateway.keys import KeyRing
 from moestro_services.gateway.launch import Address, ask, gateway
 from moestro_services.gateway.limits import Limits
 from moestro_services.gateway.listening import listen, serving
@@ -22,9 +24,9 @@ from moestro_services.gateway.replica import Backoff
 from moestro_services.gateway.sources import Fixed, Registered
 
 
-def app_of(home: Home, fleet: Fleet | None = None) -> FastAPI:
+def app_of(home: Home, fleet: Fleet | None = None, keys: KeyRing | None = None) -> FastAPI:
     def door(app: Any, traffic: Any) -> Any:
-        return Door(app, keys=None, limits=Limits(), counted=traffic.refused)
+        return Door(app, keys=keys, limits=Limits(), counted=traffic.refused)
 
     return create_app(Parts(home=home, fleet=fleet or Fleet(Registered(home, tuple).open), wraps=(door,)))
 
@@ -96,6 +98,19 @@ def test_mistakes_are_worded(client: TestClient, path: str, status: int, kind: s
 def test_folders_are_not_read_over_http(client: TestClient, built_home: Home) -> None:
     folder = Catalog(built_home).entry("mix").path
     assert client.get(f"/api/artifacts/{folder}").status_code == 400
+    assert client.get(f"/api/artifacts{folder}").status_code == 404
+
+
+def test_with_keys_only_probes_are_open(built_home: Home) -> None:
+    keys = KeyRing.of(built_home)
+    _, secret = keys.create("all", [Scope.ADMIN])
+    with TestClient(app_of(built_home, keys=keys), base_url="http://moestro.example") as client:
+        for path in ("/api/runs", "/v1/models", "/metrics", "/openapi.json"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"Authorization": f"Bearer {secret}x"}).status_code == 401
+            assert client.get(path, headers={"Authorization": f"Bearer {secret}"}).status_code == 200
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 200
 
 
 def test_a_port_in_use_is_refused_before_vllm_starts(built_home: Home) -> None:

@@ -150,7 +150,7 @@ def test_a_canary_that_fails_is_rolled_back_by_itself(
     rolled = threading.Event()
 
     def roll_back(name: str, version: str, reason: str) -> None:
-        assert name == "assistant"
+        assert (name, version) == ("assistant", "2")
         assert "version 2 failed" in reason
         fleet.apply([models.model(champion="1")])
         rolled.set()

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -20,6 +20,7 @@ class Clock:
         return self.now
 
 
+@settings(deadline=None)
 @given(per_minute=st.integers(1, 10_000), steps=STEPS)
 def test_no_more_than_a_minutes_worth_and_what_refilled_passes(per_minute: int, steps: list[tuple[float, int]]) -> None:
     clock = Clock()
@@ -35,6 +36,7 @@ def test_no_more_than_a_minutes_worth_and_what_refilled_passes(per_minute: int, 
         assert passed <= per_minute * (1 + (clock.now - 1000) / 60) + 1e-3
 
 
+@settings(deadline=None)
 @given(per_minute=st.integers(1, 10_000), spent=st.floats(0, 1e7), units=st.floats(0.1, 20_000))
 def test_who_waits_as_long_as_told_is_let_in_and_no_sooner(per_minute: int, spent: float, units: float) -> None:
     clock = Clock()
@@ -48,6 +50,7 @@ def test_who_waits_as_long_as_told_is_let_in_and_no_sooner(per_minute: int, spen
     assert bucket.wait(units) == pytest.approx(0, abs=1e-3)
 
 
+@settings(deadline=None)
 @given(per_minute=st.integers(1, 10_000), steps=STEPS)
 def test_a_bucket_never_holds_more_than_a_minutes_worth(per_minute: int, steps: list[tuple[float, int]]) -> None:
     clock = Clock()

@@ -23,8 +23,9 @@ class Rolled:
         self.busy = 0
 
     def __call__(self, name: str, version: str, reason: str) -> None:
+        assert version == "2"
         with self.changed:
-            self.heard.append((f"{name}@{version}", reason))
+            self.heard.append((name, reason))
             self.changed.notify_all()
             if self.busy:
                 self.busy -= 1
@@ -78,7 +79,7 @@ def test_a_canary_that_fails_is_rolled_back_once(scene: Scene) -> None:
     assert scene.rolled.heard == []
     scene.answers("2", 50, failed=50)
     scene.rolled.times(1)
-    assert scene.rolled.heard[0][0] == "assistant@2"
+    assert scene.rolled.heard[0][0] == "assistant"
     assert "requests to version 2 failed" in scene.rolled.heard[0][1]
     assert scene.watch.rollbacks == {"assistant": 1}
 

@@ -60,7 +60,7 @@ def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_real_model_is_served_and_nothing_stays(deployed_home: Path) -> None:
-    with moestro(deployed_home, "serve", "--port", "0") as process:
+    with moestro(deployed_home, "serve", "--no-auth", "--port", "0") as process:
         url = first_document(process, deployed_home)["url"]
         children = family(process)
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)

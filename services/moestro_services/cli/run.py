@@ -116,7 +116,7 @@ def _render(
         yield f"\n[bold]{config.deploy.name if config.deploy else ''}[/bold] over REST ({answer['endpoint']}):"
         yield Text(f"  {answer['prompt']!r} -> {answer['completion']!r}")
     yield f"\nreport     moestro report {run.id}"
-    yield "MLflow, Prefect and gateway   moestro ui"
+    yield "MLflow, Prefect and gateway   moestro ui --no-auth"
     if config.deploy:
         yield "serve      moestro serve --no-auth"
 

@@ -4,15 +4,19 @@ import json as json_format
 import sys
 from functools import partial
 from threading import Event
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from moestro.errors import ConfigError
 from moestro_flows.home import Home
 from moestro_services.cli.output import Json
 from moestro_services.cli.stopping import until_stopped
+
+if TYPE_CHECKING:
+    from moestro_services.gateway.keys import KeyRing
 
 MODELS = (
     "Registered models to serve, default all; or one deployment by its folder or the beginning of its fingerprint. "
@@ -52,14 +56,13 @@ def serve(  # noqa: PLR0917
     """Serve models over an OpenAI-compatible REST API until Ctrl-C. Traffic follows the model registry's aliases."""
     from moestro_services.gateway.assembly import Policy
     from moestro_services.gateway.expert_metrics_sampling import Sampling
-    from moestro_services.gateway.keys import KeyRing
     from moestro_services.gateway.launch import Address, gateway
     from moestro_services.gateway.sources import Fixed, ServerSettings, chosen
     from moestro_services.gateway.watch import RollbackRule
 
     home = Home.current()
     home.prepare()
-    keys = None if no_auth else KeyRing.of(home)
+    keys = asked_keys(home, no_auth=no_auth)
     source = chosen(home, models or (), ServerSettings(kv_cache_gib=kv_cache_gib))
     rule = RollbackRule(
         min_requests=rollback_requests,
@@ -81,6 +84,21 @@ def serve(  # noqa: PLR0917
         progress.stop()
         _announce(running.url, sorted(running.fleet.ready), json=json)
         Event().wait()
+
+
+def asked_keys(home: Home, *, no_auth: bool) -> "KeyRing | None":
+    """The keys of which requests must bear one; raises `ConfigError` if there are none yet."""
+    from moestro_services.gateway.keys import KeyRing
+
+    if no_auth:
+        return None
+    keys = KeyRing.of(home)
+    if not any(key.live for key in keys.list()):
+        raise ConfigError(
+            "There is no API key, so nobody could ask.",
+            hint="Make one with `moestro keys create NAME`, or serve this machine alone with --no-auth.",
+        )
+    return keys
 
 
 def _announce(url: str, models: list[str], *, json: bool) -> None:

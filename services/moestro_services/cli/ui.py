@@ -9,6 +9,7 @@ from rich.console import Console
 
 from moestro_flows.home import Home
 from moestro_services.cli.output import Json, table
+from moestro_services.cli.serve import asked_keys
 from moestro_services.cli.stopping import until_stopped
 
 Port = Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)]
@@ -27,11 +28,10 @@ def ui(
     """Run gateway, MLflow and Prefect until Ctrl-C. What the environment names by an address is not started."""
     from moestro_services.dashboards import Ports, dashboards
     from moestro_services.gateway.assembly import Policy
-    from moestro_services.gateway.keys import KeyRing
 
     home = Home.current()
     console = Console(stderr=True)
-    policy = Policy(keys=None if no_auth else KeyRing.of(home))
+    policy = Policy(keys=asked_keys(home, no_auth=no_auth))
     ports = Ports(gateway=gateway_port, mlflow=mlflow_port, prefect=prefect_port)
     home.prepare()
     with until_stopped(console), dashboards(home, ports, model=model, policy=policy, say=console.print) as running:

@@ -24,6 +24,7 @@ from moestro_services.gateway.keys import KeyRing
 from moestro_services.gateway.lifecycles import lifecycles
 from moestro_services.gateway.limits import Limits
 from moestro_services.gateway.management import management
+from moestro_services.gateway.management_parts import ManagementParts
 from moestro_services.gateway.openapi import describe
 from moestro_services.gateway.replica import Endpoint
 from moestro_services.gateway.requests_log import Logged, RequestLog
@@ -50,17 +51,6 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Managed:
-    """What the management API works on."""
-
-    home: Home
-    fleet: Fleet
-    models: ModelRegistry
-    promotions: Promotions
-    audit: Audit
-
-
-@dataclass(frozen=True)
 class Assembled:
     """The application, and what its server tells of requests that never reach it."""
 
@@ -74,7 +64,7 @@ def assembled(home: Home, fleet: Fleet, policy: Policy, steering: Steering) -> I
     audit = Audit.of(home)
     promotions = Promotions(home, audit, changed=fleet.kick)
     models = ModelRegistry(home.mlflow_uri, home.mlflow_files)
-    managed = Managed(home, fleet, models, promotions, audit)
+    managed = ManagementParts(home, fleet, models, promotions, audit)
     watch = _watch(policy.rule, promotions)
     if watch:
         fleet.watchers.append(watch.follow)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from moestro.artifacts import Artifact
@@ -106,20 +105,16 @@ class Fixed:
         return open_version(self._home, self._artifact, version, self._settings, self.steering)
 
 
-def registered_models(home: Home) -> Sequence[RegisteredModel]:
-    """What the model registry of `home` holds."""
-    return ModelRegistry(home.mlflow_uri, home.mlflow_files).models()
-
-
 def chosen(home: Home, references: Sequence[str], settings: ServerSettings | None = None) -> Source:
     """What is to be served: the registered models of these names, all of them if there are no names, or the one
     deployment that a folder or the beginning of a fingerprint means; the newest where nothing is registered.
 
-    Raises `ArtifactError` or `InputError` if there is no such thing.
+    Raises `ArtifactError` or `InputError` if there is no such thing, `ResourceError` if MLflow cannot be reached.
     """
-    names = {model.name for model in registered_models(home)}
+    registry = ModelRegistry(home.mlflow_uri, home.mlflow_files)
+    names = {model.name for model in registry.models()}
     if names and names.issuperset(references):
-        return Registered(home, partial(registered_models, home), names=references, settings=settings)
+        return Registered(home, registry.models, names=references, settings=settings)
     if len(references) > 1:
         unknown = ", ".join(sorted({*references} - names))
         raise InputError(f"Not registered: {unknown}.", hint=f"There are {', '.join(sorted(names)) or 'no models'}.")

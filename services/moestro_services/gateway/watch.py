@@ -22,7 +22,7 @@ CHECK_SECONDS = 1.0
 
 Key = tuple[str, str]
 RollBack = Callable[[str, str, str], object]
-"""Rolls a version of a model back (name, number), with the reason in words."""
+"""Rolls a model back: its name, the version that is to go, and the reason in words."""
 
 
 @dataclass(frozen=True)
