@@ -86,7 +86,7 @@ def _run_alone(name: str, config: Config, inputs: dict[str, Any], out: Path, cpu
 
     store = ArtifactStore(out.parent / f".{out.name}.moestro")
     listener = LiveProgress(Console(stderr=True))
-    reporter = _Alone(listener, name)
+    reporter = Alone(listener, name)
     with others_on_stderr(), _tidied(store.root), listener.listening():
         listener.started(name)
         artifact = run_step(
@@ -121,7 +121,7 @@ def _tidied(store: Path) -> Iterator[None]:
     shutil.rmtree(store)
 
 
-class _Alone:
+class Alone:
     """Passes what a stage reports on."""
 
     def __init__(self, listener: LiveProgress, name: str) -> None:

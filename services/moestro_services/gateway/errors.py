@@ -16,11 +16,24 @@ STATUS: dict[type[MoestroError], int] = {
 CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
+    403: "not_allowed",
     404: "not_found",
     405: "method_not_allowed",
+    409: "conflict",
     413: "request_too_large",
     503: "model_unavailable",
 }
+
+
+class Refused(Exception):  # noqa: N818
+    """A request that gets no answer from a model. `status`, `code` and `param` are what the client is told."""
+
+    def __init__(self, status: int, message: str, *, code: str = "", param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code or CODES.get(status, "refused")
+        self.param = param
 
 
 def openai_error(
