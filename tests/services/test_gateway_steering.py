@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moestro.artifacts import ArtifactStore, Input, Record, digest_files
-from moestro.errors import ArtifactError
 from moestro.inference.steering import KNOWN_PROFILES, PROFILES_KEY
+from moestro.models.steering_profiles import Profile
 from moestro_services.gateway.caller import Caller, Scope
 from moestro_services.gateway.deployments import Deployment
 from moestro_services.gateway.errors import Refused
@@ -16,6 +16,14 @@ from moestro_services.gateway.steering import Steering
 
 ADMIN = Caller("boss", frozenset({Scope.ADMIN}))
 USER = Caller("user", frozenset({Scope.INFER, Scope.READ}))
+PROFILE = {
+    "method": "suppress",
+    "layers": ((1,),),
+    "num_experts": 4,
+    "top_k": 2,
+    "renormalises": True,
+    "parameters": {},
+}
 CHECKPOINT, OTHER = "c" * 64, "d" * 64
 
 
@@ -27,7 +35,9 @@ def deployment(checkpoint: str = CHECKPOINT, fingerprint: str = "e" * 64) -> Dep
 def publish(store: ArtifactStore, name: str, fingerprint: str, checkpoint: str = CHECKPOINT, minute: int = 0) -> Path:
     folder = store.folder("steer", fingerprint)
     folder.mkdir(parents=True)
-    (folder / "steering.json").write_text("{}")
+    Profile.model_validate(PROFILE | {"name": name, "checkpoint": {"stage": "rl", "fingerprint": checkpoint}}).write(
+        folder
+    )
     record = Record(
         stage="steer",
         version="1",
@@ -80,10 +90,13 @@ def test_a_server_without_profiles_is_started_as_ever(store):
     assert Steering(store).server_arguments(deployment("9" * 64)) == ([], {})
 
 
-def test_a_profile_that_is_not_what_was_published_stops_the_start(store):
+def test_a_profile_that_is_not_what_was_published_is_left_out(store, caplog):
     (store.folder("steer", "2a" * 32) / "steering.json").write_text("{ }")
-    with pytest.raises(ArtifactError, match=r"steering\.json"):
-        Steering(store).server_arguments(deployment())
+    steering = Steering(store)
+    _, environment = steering.server_arguments(deployment())
+    assert environment[KNOWN_PROFILES].split(",") == ["1a" * 32, "1b" * 32]
+    assert "german is left out" in caplog.text
+    assert refused(steering, steering_profile="german").status == 409
 
 
 def test_requests_without_a_profile_pass_as_they_are(steering):
