@@ -73,7 +73,7 @@ class Served:
     """The server as the gateway asks it."""
 
     def __init__(self, server: VllmServer, steering: Steering, model: PreTrainedModel, profiles: dict[str, Profile]):
-        headers = {"Authorization": f"Bearer {getattr(server, 'api_key', '')}"}
+        headers = {"Authorization": f"Bearer {getattr(server, 'api_key', 'none')}"}
         self.client = httpx.Client(base_url=server.url, timeout=120, trust_env=False, headers=headers)
         self.steering, self.model, self.profiles = steering, model, profiles
 
