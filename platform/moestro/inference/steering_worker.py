@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from moestro.errors import InputError
 from moestro.inference.steering import PROFILES_KEY
 from moestro.inference.steering_routers import SteeredRouters, check_settings
+from moestro.inference.worker import WorkerExtension
 from moestro.models.steering_profiles import Profile
 
 if current_platform.is_cpu():
@@ -22,8 +23,12 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 
-class SteeringWorker(PlatformWorker):
-    """The platform's worker, whose routers follow profiles."""
+class SteeringWorker(PlatformWorker, WorkerExtension):
+    """The platform's worker, whose routers follow profiles.
+
+    vLLM mixes an engine's extension into the platform's class for good, and refuses to do it again to a class that has
+    inherited it meanwhile; so this one has the extension from the start.
+    """
 
     def load_model(self, **options: Any) -> None:
         """Load the model and give its routers the profiles.

@@ -31,6 +31,7 @@ from moestro_services.cli.run import plan, run
 from moestro_services.cli.serve import serve
 from moestro_services.cli.show import show
 from moestro_services.cli.stage import evaluate, stage
+from moestro_services.cli.steering import steer
 from moestro_services.cli.ui import ui
 
 INTERRUPTED = 130
@@ -42,6 +43,7 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("stage", stage),
     ("append", append),
     ("remove", remove),
+    ("steer", steer),
     ("eval", evaluate),
     ("ensemble", ensemble),
     ("lint", lint),

@@ -64,7 +64,7 @@ def assembled(home: Home, fleet: Fleet, policy: Policy, steering: Steering) -> I
     audit = Audit.of(home)
     promotions = Promotions(home, audit, changed=fleet.kick)
     models = ModelRegistry(home.mlflow_uri, home.mlflow_files)
-    managed = ManagementParts(home, fleet, models, promotions, audit)
+    managed = ManagementParts(home=home, fleet=fleet, models=models, promotions=promotions, audit=audit)
     watch = _watch(policy.rule, promotions)
     if watch:
         fleet.watchers.append(watch.follow)

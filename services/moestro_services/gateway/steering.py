@@ -6,12 +6,14 @@ Requests carry ids of published artifacts and never experts, formulas or paths; 
 checkpoint when it starts.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moestro.artifacts import ArtifactStore, Record
+from moestro.errors import ArtifactError, InputError
 from moestro.inference.steering import (
     PROFILE_ARGUMENT,
     RESERVED_ARGUMENTS,
@@ -19,10 +21,12 @@ from moestro.inference.steering import (
     cache_salt,
     steering_arguments,
 )
+from moestro.models.steering_profiles import Profile
 from moestro_services.gateway.caller import Caller, Scope
 from moestro_services.gateway.deployments import Deployment
 from moestro_services.gateway.errors import Refused
 
+LOG = logging.getLogger(__name__)
 FIELD = "steering_profile"
 STAGE = "steer"
 MIN_PREFIX = 8
@@ -60,12 +64,10 @@ class Steering:
     def server_arguments(self, deployment: Deployment) -> tuple[list[str], dict[str, str]]:
         """Further arguments and environment for the start of the deployment's server; both empty without profiles.
 
-        From now on requests to `deployment` may name these profiles. Call it before every start. Raises
-        `ArtifactError` for a profile that is not what was published.
+        From now on requests to `deployment` may name these profiles. Call it before every start. A profile that cannot
+        be read, or is not what was published, is left out with a warning: the model is served all the same.
         """
-        profiles = self.published(deployment.checkpoint.fingerprint)
-        for profile in profiles:
-            self._store.find(STAGE, profile.fingerprint)  # verifies its files
+        profiles = tuple(filter(self._sound, self.published(deployment.checkpoint.fingerprint)))
         arguments, environment = steering_arguments({profile.fingerprint: profile.path for profile in profiles})
         self._served[deployment.fingerprint] = profiles
         return arguments, environment
@@ -83,6 +85,15 @@ class Steering:
         if body.get("use_beam_search"):
             raise Refused(400, "Beam search cannot be steered.", param="use_beam_search")
         return _steered(body, self._meant(deployment, reference))
+
+    def _sound(self, profile: Published) -> bool:
+        try:
+            self._store.find(STAGE, profile.fingerprint)  # verifies its files
+            Profile.read(profile.path)
+        except (ArtifactError, InputError) as error:
+            LOG.warning("steering profile %s is left out: %s", profile.name, error)
+            return False
+        return True
 
     def _meant(self, deployment: Deployment, reference: str) -> Published:
         served = self._served.get(deployment.fingerprint, ())
@@ -103,8 +114,8 @@ class Steering:
             )
         raise Refused(
             409,
-            f"Steering profile {reference!r} was published after the server of {deployment.label} started; "
-            "it knows the profile from its next start on.",
+            f"The server of {deployment.label} had no sound steering profile {reference!r} to read when it started; "
+            "it looks again at its next start.",
             param=FIELD,
         )
 
