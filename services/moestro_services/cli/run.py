@@ -48,7 +48,7 @@ def run(
     home.prepare()
     reach(home)
     console = Console(stderr=True)
-    with _stream(events) as stream:
+    with event_stream(events) as stream:
         progress = JsonEvents(stream) if json else LiveProgress(console)
         with others_on_stderr(), _terminate_like_interrupt(), progress.listening():
             from moestro_flows.stages import run_lifecycle
@@ -132,7 +132,7 @@ def _plan_table(rows: list[dict[str, Any]]) -> Iterator[Any]:
 
 
 @contextmanager
-def _stream(events: Path | None) -> Iterator[TextIO | None]:
+def event_stream(events: Path | None) -> Iterator[TextIO | None]:
     """The file `events`, open to be written at its end; raises `ConfigError` if it cannot be."""
     if events is None:
         yield None

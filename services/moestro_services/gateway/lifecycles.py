@@ -8,10 +8,11 @@ from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
-from moestro_services.gateway.lifecycles_configs import CONFIG_PATTERN, Configs
+from moestro_services.gateway.lifecycles_configs import Configs
 from moestro_services.gateway.lifecycles_feed import EVENT_ID_PATTERN, Feeds
 from moestro_services.gateway.lifecycles_runs import Lifecycles
 from moestro_services.gateway.lifecycles_schemas import (
+    CONFIG_PATTERN,
     LIFECYCLE_PATTERN,
     ConfigDetail,
     ConfigSummary,

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from moestro.config import LifecycleConfig, load_lifecycle
 from moestro.errors import ConfigError, InputError
-from moestro_services.gateway.lifecycles_schemas import ConfigDetail, ConfigSummary
+from moestro_services.gateway.lifecycles_schemas import CONFIG_PATTERN, ConfigDetail, ConfigSummary
 
-CONFIG_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 SUFFIX = ".yaml"
 
 

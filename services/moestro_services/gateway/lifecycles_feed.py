@@ -9,7 +9,6 @@ import asyncio
 import ctypes
 import json
 import os
-import re
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +36,12 @@ class _Feed:
         self.followers: set[asyncio.Event] = set()
         self._loop = asyncio.get_running_loop()
         self._changes = _watched(folder)
+        try:
+            self._process = process.open()
+        except OSError as error:
+            os.close(self._changes)
+            raise _not_now(error.strerror or str(error)) from None
         self._loop.add_reader(self._changes, self._changed)
-        self._process = process.open()
         if self._process is not None:
             self._loop.add_reader(self._process, self._ended)
 
@@ -82,12 +85,12 @@ class Feeds:
     def position(self, identity: str, last_event_id: str) -> int | None:
         """Where to go on after that event; None if it was the last one.
 
-        Raises `ConfigError` if the lifecycle has no such event.
+        Raises `InputError` if there is no such lifecycle, `ConfigError` if it has no such event.
         """
-        if last_event_id == END:
+        if not self.lifecycles.process(identity).running() and last_event_id == END:
             return None
         path = self.lifecycles.events(identity)
-        if not re.fullmatch(EVENT_ID_PATTERN, last_event_id) or not begins_line(path, int(last_event_id)):
+        if not last_event_id.isdecimal() or not begins_line(path, int(last_event_id)):
             raise ConfigError(
                 f"Last-Event-ID: {last_event_id!r} is no event of lifecycle {identity}.",
                 hint="Leave it out to follow from the beginning.",
@@ -155,5 +158,9 @@ def _watched(folder: Path) -> int:
         reason = os.strerror(ctypes.get_errno())
         if handle >= 0:
             os.close(handle)
-        raise ResourceError(f"The lifecycle cannot be followed ({reason}).", hint="Ask again later.")
+        raise _not_now(reason)
     return int(handle)
+
+
+def _not_now(reason: str) -> ResourceError:
+    return ResourceError(f"The lifecycle cannot be followed ({reason}).", hint="Ask again later.")

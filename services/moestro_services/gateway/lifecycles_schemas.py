@@ -9,6 +9,7 @@ from moestro.config import Config
 from moestro_services.gateway.openings import FIELD_PATTERN
 from moestro_services.gateway.schemas import ErrorBody
 
+CONFIG_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 LIFECYCLE_PATTERN = r"^[0-9]{8}-[0-9]{6}-[0-9]{6}$"
 MAX_CHANGES = 64
 
@@ -48,7 +49,7 @@ class LifecycleRequest(Config):
         json_schema_extra={"examples": [{"config": "quickstart", "changes": {"tune.training.steps": 200}}]}
     )
 
-    config: str = Field(min_length=1, max_length=63)
+    config: str = Field(pattern=CONFIG_PATTERN)
     """Name of a config; /api/configs lists them."""
     changes: dict[Annotated[str, Field(pattern=FIELD_PATTERN)], JsonValue] = Field(
         default_factory=dict, max_length=MAX_CHANGES

@@ -41,6 +41,8 @@ OPERATION_IDS = {
     ("/ready", "get"): "read_readiness",
     ("/metrics", "get"): "read_metrics",
 }
+DOOR = (400, 401, 403, 408, 413, 429, 503, 504)
+"""What a request may meet before it reaches its route, or because of the time that takes."""
 REASONS = {
     400: "The request is malformed; the message names the field.",
     401: "There is no key, or it is wrong or revoked.",
@@ -51,6 +53,7 @@ REASONS = {
     413: "The body is too large.",
     429: "The key's limit is reached.",
     503: "For now nothing can be done about it; ask again.",
+    504: "The answer took longer than the key allows.",
 }
 STREAM_ITEM = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string"}}}
@@ -165,10 +168,8 @@ def _add_refusals(path: str, operation: Operation) -> None:
         operation["security"] = []
         return
     kind = OpenAIError if path.startswith("/v1") else ErrorResponse
-    statuses = {400, 401, 403, 429, 503} | ({408, 413} if "requestBody" in operation else set())
-    if path in REQUESTS or path == "/v1/models/{model}":
-        statuses.add(404)
-    for status in statuses:
+    answers_for_models = path in REQUESTS or path == "/v1/models/{model}"
+    for status in (*DOOR, 404) if answers_for_models else DOOR:
         responses.setdefault(str(status), {})
     for code, response in responses.items():
         if code.isdecimal() and int(code) >= 400:

@@ -1,6 +1,7 @@
 """Following a lifecycle: every event once and in order, from where one left, until it has ended."""
 
 import asyncio
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -63,6 +64,38 @@ def test_one_goes_on_after_any_event(api: Any, admin: httpx.Client) -> None:
     assert admin.get(path, headers={"Last-Event-ID": "end"}).status_code == 204
     for wrong in ("7", "99999999", "-1", "x", "1" * 30):
         assert admin.get(path, headers={"Last-Event-ID": wrong}).status_code == 400
+
+
+def test_the_end_is_none_before_it_has_ended(api: Any, admin: httpx.Client) -> None:
+    identity = started(api, admin, hold=True)
+    path = f"/api/lifecycles/{identity}/events"
+    assert admin.get(path, headers={"Last-Event-ID": "end"}).status_code == 400
+    api.order("end")
+    follow(admin, identity)
+    assert admin.get(path, headers={"Last-Event-ID": "end"}).status_code == 204
+    missing = admin.get("/api/lifecycles/20260102-030400-000001/events", headers={"Last-Event-ID": "end"})
+    assert missing.status_code == 404
+
+
+def test_where_nothing_can_be_watched_one_is_told_so(
+    api: Any, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = started(api, admin)
+
+    def refuse(_: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def descriptors() -> int:
+        return len(list(Path(f"/proc/{os.getpid()}/fd").iterdir()))
+
+    follow(admin, identity)
+    before = descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", refuse)
+        answer = admin.get(f"/api/lifecycles/{identity}/events")
+    assert (answer.status_code, answer.json()["error"]["kind"]) == (503, "ResourceError")
+    assert "Too many open files" in answer.json()["error"]["message"]
+    assert (descriptors(), api.feeds.followers) == (before, 0)
 
 
 def test_a_follower_hears_at_once_and_of_silence_too(api: Any, admin: httpx.Client) -> None:

@@ -102,6 +102,8 @@ def test_a_change_is_for_that_run_alone(api: Any, admin: httpx.Client) -> None:
         {"tune.training.steps": -1},
         {"name": "../../x"},
         {"name": "\ud800"},
+        {"\ud800": 1},
+        {"a.\ud800": 1},
         {"tune.training.steps": float("nan")},
     ],
 )
@@ -114,10 +116,20 @@ def test_no_request_reaches_files_or_code(api: Any, admin: httpx.Client, changes
     assert api.audit.entries == []
 
 
-@pytest.mark.parametrize("name", ["other", "../small", "small.yaml", "/etc/passwd", "$(touch x)", "a\u0000"])
-def test_a_config_is_one_of_the_list(api: Any, admin: httpx.Client, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("other", 404),
+        ("small.yaml", 404),
+        ("../small", 400),
+        ("/etc/passwd", 400),
+        ("$(touch x)", 400),
+        ("a\u0000", 400),
+    ],
+)
+def test_a_config_is_one_of_the_list(api: Any, admin: httpx.Client, name: str, status: int) -> None:
     api.configured()
-    assert admin.post("/api/lifecycles", json={"config": name}).status_code == 404
+    assert admin.post("/api/lifecycles", json={"config": name}).status_code == status
 
 
 def test_one_at_a_time(api: Any, admin: httpx.Client) -> None:

@@ -124,3 +124,22 @@ def test_what_is_no_deployment_is_no_version(api: Any, admin: httpx.Client) -> N
     mix = admin.get("/api/artifacts/mix").json()["record"]["fingerprint"]
     answer = admin.post(REGISTER, json={"deployment": mix})
     assert (answer.status_code, answer.json()["error"]["kind"]) == (404, "ArtifactError")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"\\ud800": 1}',
+        b'{"deployment": "\\ud800"}',
+        b'{"deployment": "ffff", "more": NaN}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"",
+    ],
+    ids=["lone surrogate as a name", "as a value", "NaN", "no UTF-8", "deep list", "deep object", "empty"],
+)
+def test_bodies_that_are_no_requests_are_refused(admin: httpx.Client, body: bytes) -> None:
+    for path in (REGISTER, "/api/models/assistant/promote", "/api/lifecycles"):
+        answer = admin.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, bool(answer.json()["error"]["message"])) == (400, True)
