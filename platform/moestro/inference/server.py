@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx
 
 from moestro.errors import BusyError, ResourceError
-from moestro.inference.environment import server_environment
+from moestro.inference.environment import computes_on_cpu, server_environment
 from moestro.inference.routes import returned_routing, window_is_wide_enough
 
 HOST = "127.0.0.1"
@@ -217,6 +217,10 @@ class VllmServer:
             flags.append("--enable-return-routed-experts")
         if window_is_wide_enough(self.folder, self.config.max_model_len):
             flags.append("--disable-sliding-window")
+        if computes_on_cpu():
+            # A sampled request with a `seed` whose prompt is prefilled in two steps would end the engine, and with it
+            # everybody's requests: vLLM turns such a request's generator back, which one of a CPU cannot.
+            flags.append("--no-enable-chunked-prefill")
         module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         return module + [part for option in options.items() for part in option] + flags + [*self.config.extra_arguments]
 
