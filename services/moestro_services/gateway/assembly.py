@@ -7,7 +7,6 @@ from functools import partial
 
 from starlette.types import ASGIApp
 
-from moestro.errors import InputError
 from moestro.registry import ModelRegistry
 from moestro_flows.home import Home
 from moestro_services.audit import Audit
@@ -26,7 +25,6 @@ from moestro_services.gateway.limits import Limits
 from moestro_services.gateway.management import management
 from moestro_services.gateway.management_parts import ManagementParts
 from moestro_services.gateway.openapi import describe
-from moestro_services.gateway.replica import Endpoint
 from moestro_services.gateway.requests_log import Logged, RequestLog
 from moestro_services.gateway.steering import Steering
 from moestro_services.gateway.traffic import Traffic
@@ -68,7 +66,7 @@ def assembled(home: Home, fleet: Fleet, policy: Policy, steering: Steering) -> I
     watch = _watch(policy.rule, promotions)
     if watch:
         fleet.watchers.append(watch.follow)
-    asking = Asking(partial(endpoint, fleet))
+    asking = Asking(fleet.where)
     metrics = ExpertMetrics(
         KnownAtHome(home), sampling=policy.sampling, ask=asking, in_flight=partial(in_flight, fleet)
     )
@@ -89,14 +87,6 @@ def assembled(home: Home, fleet: Fleet, policy: Policy, steering: Steering) -> I
             yield Assembled(Logged(app, log=RequestLog.of(home)), app.state.traffic)
         finally:
             asking.close()
-
-
-def endpoint(fleet: Fleet, deployment: Deployment) -> Endpoint:
-    """Where `deployment` answers now; raises `InputError` if it does not."""
-    replica = fleet.target(deployment.label, "")
-    if replica.endpoint is None or replica.deployment != deployment:
-        raise InputError(f"{deployment.label} does not answer now.")
-    return replica.endpoint
 
 
 def in_flight(fleet: Fleet, deployment: Deployment) -> int:

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
 
-from moestro.errors import ArtifactError, BusyError, InputError, MoestroError, ResourceError
+from moestro.errors import ArtifactError, BusyError, GateError, InputError, MoestroError, ResourceError
 
 RETRY_AFTER_SECONDS = "5"
 STATUS: dict[type[MoestroError], int] = {
     ArtifactError: 404,
     InputError: 404,
     BusyError: 409,
+    GateError: 409,
     ResourceError: 503,
 }
 CODES = {
@@ -65,9 +66,11 @@ def openai_error(
 
 
 def api_error(error: MoestroError) -> JSONResponse:
-    """A `MoestroError` as a 4xx (or 503) response."""
+    """A `MoestroError` as a 4xx (or 503) response; one without a status of its own has that of what it is a kind of."""
     body = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
-    return JSONResponse({"error": body}, status_code=STATUS.get(type(error), 400))
+    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 400)
+    headers = {"Retry-After": RETRY_AFTER_SECONDS} if status == 503 else None
+    return JSONResponse({"error": body}, status_code=status, headers=headers)
 
 
 def refusal(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
