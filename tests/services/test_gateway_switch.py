@@ -168,3 +168,34 @@ def test_a_canary_that_fails_is_rolled_back_by_itself(
         answers = [client.post("/v1/completions", json=ASK | {"user": user}).json() for user in users]
         assert {answer["system_fingerprint"] for answer in answers} == {"assistant@1"}
         assert 'moestro_gateway_rollbacks_total{model="assistant"} 1.0' in client.get("/metrics").text
+
+
+class Heard:
+    """A `Watch` that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.rollbacks: Counter[str] = Counter()
+        self.seen: Counter[tuple[str, str, bool]] = Counter()
+
+    def answered(self, name: str, version: str, *, failed: bool, streamed: bool, seconds: float | None) -> None:
+        assert not streamed
+        assert failed or seconds is not None
+        self.seen[name, version, failed] += 1
+
+
+def test_what_a_lost_process_leaves_unanswered_is_its_failure_and_a_4xx_nobodys(
+    tmp_path: Path, fleet: Fleet, models: Any
+) -> None:
+    heard: Any = Heard()
+    server = models.servers["1"]
+    parts = Parts(home=Home(tmp_path), fleet=fleet, watch=heard)
+    with serving(create_app(parts), listen("127.0.0.1", 0)) as url, httpx.Client(base_url=url) as client:
+        assert client.post("/v1/completions", json=ASK).status_code == 200
+        assert client.post("/v1/chat/completions", json=ASK).status_code == 400
+        assert client.post("/v1/completions", json=ASK | {"model": "nothing"}).status_code == 404
+        server.may_start.clear()
+        server.gone.set()
+        assert fleet.wait_for(lambda fleet: not all(fleet.ready.values()), WAIT)
+        assert client.post("/v1/completions", json=ASK | {"model": "assistant@1"}).status_code == 503
+        server.may_start.set()
+    assert heard.seen == {("assistant", "1", False): 1, ("assistant", "1", True): 1}

@@ -43,6 +43,7 @@ class Scene:
     def __init__(self, fleet: Fleet, models: Any) -> None:
         self.fleet = fleet
         self.models = models
+        self.servers = models.servers
         self.now = 1000.0
         self.rolled = Rolled()
         self.watch = Watch(RULE, self.rolled, clock=lambda: self.now)
@@ -162,3 +163,29 @@ def test_the_first_champion_and_old_challengers_are_not_judged(scene: Scene) -> 
     scene.registry(champion="1")
     scene.answers("2", 50, failed=50)
     assert scene.rolled.heard == []
+
+
+def test_a_canary_that_is_lost_again_and_again_is_rolled_back(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    server = scene.servers["2"]
+    for starts in (2, 3):
+        server.may_start.clear()
+        server.gone.set()
+        assert scene.fleet.wait_for(lambda fleet: not fleet.table["assistant"].canary_share, 30)
+        scene.answers("2", 10, failed=10)
+        server.may_start.set()
+        assert scene.fleet.wait_for(lambda fleet: fleet.table["assistant"].canary_share == 0.2, 30)
+        assert server.starts == starts
+    scene.answers("2", 1, failed=1)
+    scene.rolled.times(1)
+
+
+def test_a_canary_that_is_lost_and_then_ended_is_none(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.servers["2"].may_start.clear()
+    scene.servers["2"].gone.set()
+    assert scene.fleet.wait_for(lambda fleet: not fleet.table["assistant"].canary_share, 30)
+    scene.registry(champion="1")
+    scene.answers("2", 50, failed=50)
+    assert scene.rolled.heard == []
+    scene.servers["2"].may_start.set()

@@ -52,8 +52,10 @@ class UnknownModelError(Refused):
 class UnavailableError(Refused):
     """What was asked for is to be served, but does not answer now."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, version: str = "") -> None:
         super().__init__(503, message)
+        self.version = version
+        """The version that should have answered, where no process was asked."""
 
 
 def openai_error(

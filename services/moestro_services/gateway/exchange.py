@@ -69,6 +69,8 @@ class Outcome:
 
     failed: bool = False
     """Whether the server is to blame."""
+    mistaken: bool = False
+    """Whether the client is: the server's own 4xx."""
     streamed: bool = False
     seconds: float | None = None
     """Until the first byte."""
@@ -112,6 +114,7 @@ class Exchange:
         except LOST as error:
             raise self._lost(error) from None
         self.outcome.failed = broken
+        self.outcome.mistaken = 400 <= response.status < 500
         self.outcome.streamed = response.content_type == EVENT_STREAM
         return first
 

@@ -89,7 +89,7 @@ class Fleet:
             endpoint = replica.enter()
             if endpoint is not None:
                 return replica, endpoint
-        raise UnavailableError(f"The model {model!r} does not answer now.")
+        raise UnavailableError(f"The model {model!r} does not answer now.", version=replica.version.version)
 
     def replicas(self) -> tuple[ReplicaState, ...]:
         """How all processes stand, those that are draining last."""

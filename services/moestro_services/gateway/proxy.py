@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from moestro_services.gateway.caller import CALLER, LOCAL, Caller
 from moestro_services.gateway.deployments import Deployment
-from moestro_services.gateway.errors import Refused
+from moestro_services.gateway.errors import Refused, UnavailableError
 from moestro_services.gateway.exchange import Exchange, Outcome, UntilClientLeaves
 from moestro_services.gateway.fleet import Fleet
 from moestro_services.gateway.replica import Replica
@@ -79,6 +79,8 @@ class Proxy:
             caller: Caller = scope.get(CALLER, LOCAL)
             replica, endpoint = self._fleet.enter(body["model"], sticky(headers, body, caller))
         except Refused as refused:
+            if self._watch and isinstance(refused, UnavailableError):
+                self._watch.answered(scope[MODEL], refused.version, failed=True, streamed=False, seconds=None)
             await self._refuse(refused, scope, receive, send)
             return
         deployment = replica.deployment
@@ -120,7 +122,7 @@ class Proxy:
             self._traffic.spent(deployment, usage)
             if SPEND in scope:
                 scope[SPEND](usage.total)
-        if self._watch and (outcome.failed or outcome.seconds is not None):
+        if self._watch and (outcome.failed or (outcome.seconds is not None and not outcome.mistaken)):
             self._watch.answered(
                 deployment.name,
                 replica.version.version,

@@ -45,7 +45,8 @@ class Route:
         if found is None:
             raise UnknownModelError(self._missing(which))
         if not found.serving:
-            raise UnavailableError(f"The model {found.label!r} does not answer now: it is {_words(found)}.")
+            message = f"The model {found.label!r} does not answer now: it is {_words(found)}."
+            raise UnavailableError(message, version=found.version.version)
         return found
 
     def _bare(self, sticky: str) -> Replica | None:

@@ -1,7 +1,8 @@
 """Automatic rollback: a version that is new to traffic is judged by its answers against the one it takes traffic from.
 
 A canary is judged against the champion while both answer; a version that became champion, for some minutes, against
-what its predecessor did before. A model's own 4xx and clients that leave count for nobody.
+what its predecessor did before. Requests that a version's lost process leaves unanswered are failures of it; a model's
+own 4xx and clients that leave count for nobody.
 """
 
 import logging
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moestro.errors import MoestroError, told
-from moestro.registry.model_versions import PREVIOUS
+from moestro.registry.model_versions import CHALLENGER, PREVIOUS
 from moestro_services.gateway.routes import Route
 
 LOG = logging.getLogger(__name__)
@@ -149,10 +150,12 @@ class Watch:
         self._champions[route.name] = champion
         suspect = self._suspects.get(route.name)
         if route.canary_share > 0:
-            challenger = route.aliases["challenger"].version.version
+            challenger = route.aliases[CHALLENGER].version.version
             if suspect is None or (suspect.version, suspect.against) != (challenger, champion):
                 self._suspects[route.name] = _Suspect(challenger, champion, float("inf"))
             return
+        if suspect and suspect.against == champion and _is_away(route, suspect.version):
+            return  # a canary whose process is started again is one all the same, and its failures count
         fresh = before and champion != before and (route.name, champion) not in self._tried
         self._tried.add((route.name, champion))
         if fresh and PREVIOUS in route.aliases:
@@ -197,3 +200,9 @@ class Watch:
             suspect.acted = False
         else:
             self.rollbacks[name] += 1
+
+
+def _is_away(route: Route, version: str) -> bool:
+    """Whether `version` is the challenger and does not answer now."""
+    challenger = route.aliases.get(CHALLENGER)
+    return challenger is not None and challenger.version.version == version and not challenger.serving
