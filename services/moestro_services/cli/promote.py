@@ -86,8 +86,8 @@ def state(done: "Promotion") -> str:
 
 def _words(done: "Promotion") -> str:
     label = f"{done.name}@{done.version}"
+    what = "is the champion" if done.aliases.get("champion") == done.version else "is a canary"
     if not done.changed:
-        return f"{label} is the champion already; nothing was changed.\n{state(done)}"
-    what = "is the champion now" if done.aliases.get("champion") == done.version else "is a canary now"
+        return f"{label} {what} already; nothing was changed.\n{state(done)}"
     overridden = "".join(f"\noverridden: {refusal}" for refusal in done.refused)
-    return f"{label} {what}.{overridden}\n{state(done)}"
+    return f"{label} {what} now.{overridden}\n{state(done)}"

@@ -20,7 +20,7 @@ def ui(
     mlflow_port: Port = 5000,
     prefect_port: Port = 4200,
     model: Annotated[
-        bool, typer.Option(help="Serve the newest deployment behind the gateway, if there is one.")
+        bool, typer.Option(help="Serve behind the gateway what `moestro serve` would, if there is anything.")
     ] = True,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Let the gateway ask for no keys.")] = False,
     json: Json = False,
@@ -28,10 +28,11 @@ def ui(
     """Run gateway, MLflow and Prefect until Ctrl-C. What the environment names by an address is not started."""
     from moestro_services.dashboards import Ports, dashboards
     from moestro_services.gateway.assembly import Policy
+    from moestro_services.gateway.watch import RollbackRule
 
     home = Home.current()
     console = Console(stderr=True)
-    policy = Policy(keys=asked_keys(home, no_auth=no_auth))
+    policy = Policy(keys=asked_keys(home, no_auth=no_auth), rule=RollbackRule())
     ports = Ports(gateway=gateway_port, mlflow=mlflow_port, prefect=prefect_port)
     home.prepare()
     with until_stopped(console), dashboards(home, ports, model=model, policy=policy, say=console.print) as running:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from moestro.registry import ModelRegistry
@@ -54,6 +55,8 @@ class Assembled:
 
     app: ASGIApp
     traffic: Traffic
+    api: FastAPI
+    """What is within: the routes and their description."""
 
 
 @contextmanager
@@ -84,7 +87,7 @@ def assembled(home: Home, fleet: Fleet, policy: Policy, steering: Steering) -> I
         app = create_app(parts)
         describe(app)
         try:
-            yield Assembled(Logged(app, log=RequestLog.of(home)), app.state.traffic)
+            yield Assembled(Logged(app, log=RequestLog.of(home)), app.state.traffic, app)
         finally:
             asking.close()
 

@@ -73,7 +73,7 @@ def expert_traffic(metrics: ExpertMetrics) -> APIRouter:
     refusals: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 404)}
     router = APIRouter(prefix="/api", tags=["traffic"], responses=refusals)
 
-    @router.get("/traffic/experts/{model}")
+    @router.get("/traffic/experts/{model}", operation_id="read_expert_traffic")
     def experts_of_model(model: str) -> ExpertTraffic:
         """How the experts of a served model are used, from sampled requests; `name@version` for one version."""
         found = [

@@ -29,6 +29,7 @@ TAGS = {
     "runs": "Lifecycle runs and their stage runs.",
     "artifacts": "What stages made, from what, and what experts specialised in.",
     "deployments": "Checkpoints that passed their gate.",
+    "traffic": "What the traffic tells of a served model's experts.",
     "audit": "Who changed what.",
     "state": "The gateway itself.",
 }
@@ -168,8 +169,8 @@ def _add_refusals(path: str, operation: Operation) -> None:
         operation["security"] = []
         return
     kind = OpenAIError if path.startswith("/v1") else ErrorResponse
-    answers_for_models = path in REQUESTS or path == "/v1/models/{model}"
-    for status in (*DOOR, 404) if answers_for_models else DOOR:
+    further = (404, 409) if path in REQUESTS else (404,) if path == "/v1/models/{model}" else ()
+    for status in (*DOOR, *further):
         responses.setdefault(str(status), {})
     for code, response in responses.items():
         if code.isdecimal() and int(code) >= 400:

@@ -42,6 +42,8 @@ class Sampling(_Open):
     """Added to the logits of tokens."""
     user: str | None = None
     """Whom it is for: one user's requests go to one version while there is a canary."""
+    steering_profile: str | None = None
+    """Name or beginning of the fingerprint of a steering profile. For administrators."""
 
 
 class CompletionRequest(Sampling):
