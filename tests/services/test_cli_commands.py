@@ -135,7 +135,7 @@ def test_report_is_written(built_home: Home, tmp_path: Path) -> None:
         (["experts", "seed"], "ArtifactError", "has no profile"),
         (["report", "nothing"], "InputError", "No run 'nothing'"),
         (["report", "--out", "/proc/nowhere/report.html"], "ConfigError", "cannot be written"),
-        (["serve", "mix", "--port", "0"], "ArtifactError", "is not a deployment"),
+        (["serve", "mix", "--no-auth", "--port", "0"], "ArtifactError", "is not a deployment"),
         (["serve", "--host", "0.0.0.0"], "ConfigError", "no API key"),
         (["serve"], "ConfigError", "no API key"),
     ],

@@ -144,7 +144,10 @@ def _version(version: ModelVersion, model: RegisteredModel, running: Running) ->
         tags=dict(version.tags),
         replicas=tuple(
             Replica(
-                state=cast("ServingState", str(replica.state)), in_flight=replica.in_flight, restarts=replica.restarts
+                state=cast("ServingState", str(replica.state)),
+                in_flight=replica.in_flight,
+                restarts=replica.restarts,
+                reason=replica.reason if replica.state == "lost" else "",
             )
             for replica in running.get((model.name, version.version), ())
         ),

@@ -41,6 +41,10 @@ class ReplicaState(Protocol):
     def restarts(self) -> int:
         """How often it was started again."""
 
+    @property
+    def reason(self) -> str:
+        """Why it is lost."""
+
 
 class Fleet(Protocol):
     """What serves."""

@@ -24,6 +24,8 @@ class Replica(Config):
     """Requests it is answering."""
     restarts: int
     """How often it was started again."""
+    reason: str
+    """Why it is lost; empty while it is not."""
 
 
 class Version(Config):

@@ -6,7 +6,6 @@ from moestro.config import Config
 from moestro_services.gateway.deployments import Deployment
 from moestro_services.gateway.errors import UnknownModelError
 from moestro_services.gateway.fleet import Fleet
-from moestro_services.gateway.replica import State
 from moestro_services.gateway.routes import Route, resolve
 from moestro_services.gateway.schemas import ModelCard
 
@@ -26,8 +25,6 @@ class VersionState(Config):
     """Requests it is answering."""
     restarts: int
     """How often it was started again."""
-    reason: str
-    """Why it is lost."""
 
 
 class Readiness(Config):
@@ -42,7 +39,7 @@ class Readiness(Config):
 
 
 def readiness(fleet: Fleet) -> Readiness:
-    """How `fleet` stands."""
+    """How `fleet` stands. Not why: everybody may ask, and reasons name files. /api/models tells them."""
     models = fleet.ready
     versions = tuple(
         VersionState(
@@ -52,7 +49,6 @@ def readiness(fleet: Fleet) -> Readiness:
             state=replica.state.value,
             in_flight=replica.in_flight,
             restarts=replica.restarts,
-            reason=replica.reason if replica.state is State.LOST else "",
         )
         for replica in fleet.replicas()
     )

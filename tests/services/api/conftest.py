@@ -107,6 +107,7 @@ class FakeReplica:
     state: str = "serving"
     in_flight: int = 0
     restarts: int = 0
+    reason: str = ""
 
 
 @dataclass

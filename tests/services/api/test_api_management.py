@@ -30,11 +30,15 @@ def test_models_come_with_what_answers_for_them(
 ) -> None:
     admin.post(REGISTER, json={"deployment": deployment_fingerprint})
     api.fleet.running.append(fake_replica("assistant", "1", deployment_fingerprint, in_flight=3, restarts=1))
+    api.fleet.running.append(fake_replica("assistant", "1", deployment_fingerprint, state="lost", reason="No memory."))
     (model,) = admin.get("/api/models").json()
     assert model == admin.get("/api/models/assistant").json()
     (version,) = model["versions"]
     assert (version["aliases"], version["fingerprint"]) == (["champion"], deployment_fingerprint)
-    assert version["replicas"] == [{"state": "serving", "in_flight": 3, "restarts": 1}]
+    assert version["replicas"] == [
+        {"state": "serving", "in_flight": 3, "restarts": 1, "reason": ""},
+        {"state": "lost", "in_flight": 0, "restarts": 0, "reason": "No memory."},
+    ]
 
 
 def test_a_gate_refuses_unless_it_is_forced(api: Any, admin: httpx.Client, deployment_fingerprint: str) -> None:
