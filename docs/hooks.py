@@ -205,18 +205,20 @@ def lint_rules_page() -> str:
 def rest_page() -> str:
     """Every path of the gateway."""
     from moestro_flows.home import Home
-    from moestro_services.gateway.app import Parts, create_app
+    from moestro_services.gateway.assembly import Policy, assembled
     from moestro_services.gateway.fleet import Fleet
     from moestro_services.gateway.sources import Registered
 
     with tempfile.TemporaryDirectory() as folder:
         home = Home(Path(folder))
-        document = create_app(Parts(home=home, fleet=Fleet(Registered(home, tuple).open))).openapi()
+        source = Registered(home, tuple)
+        with assembled(home, Fleet(source.open), Policy(keys=None), source.steering) as assembly:
+            document = assembly.described()
     lines = [
         "# REST",
         "",
         "The gateway speaks OpenAI's API under `/v1`; requests and answers, streams included, are vLLM's own.",
-        "Beyond this machine every request but `/health` and `/ready` bears `Authorization: Bearer KEY`.",
+        "Every request but `/health` and `/ready` bears `Authorization: Bearer KEY`, except under `--no-auth`.",
         "Mistakes are answered with a 4xx and a body that says what to do. `/openapi.json` describes everything.",
         "",
         "| Method | Path | Answers |",

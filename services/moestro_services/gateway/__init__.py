@@ -5,6 +5,9 @@ through `upstream`); `errors` words refusals, `usage` and `traffic` count, `acce
 
 Beside it, `controller` looks at the model registry, `fleet` makes traffic follow it, by the tables of `routes`; each
 `replica` keeps one vLLM process alive, and `watch` takes bad versions back. `sources` says where models come from,
-`launch` puts all together, `listening` takes the port. `inventory` answers /api, `schemas` has its models, `readiness`
-answers /ready and /v1/models.
+`assembly` puts the parts together, `launch` starts them, `listening` takes the port.
+
+`door` lets requests in by `keys` and `limits`, `connections` bounds what is no request yet, `requests_log` writes them
+down. `steering` lets administrators name a profile, `expert_metrics` tells how experts are used. Under /api are
+`inventory` (what the home holds), `management` (models, versions, traffic) and `lifecycles`; `openapi` describes all.
 """

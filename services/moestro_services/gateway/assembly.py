@@ -1,13 +1,13 @@
 """What a home's gateway is made of: door and log, management, steering and the figures of experts, put together."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from starlette.types import ASGIApp
 
-from moestro.errors import InputError
 from moestro.registry import ModelRegistry
 from moestro_flows.home import Home
 from moestro_services.audit import Audit
@@ -26,7 +26,6 @@ from moestro_services.gateway.limits import Limits
 from moestro_services.gateway.management import management
 from moestro_services.gateway.management_parts import ManagementParts
 from moestro_services.gateway.openapi import describe
-from moestro_services.gateway.replica import Endpoint
 from moestro_services.gateway.requests_log import Logged, RequestLog
 from moestro_services.gateway.steering import Steering
 from moestro_services.gateway.traffic import Traffic
@@ -56,6 +55,8 @@ class Assembled:
 
     app: ASGIApp
     traffic: Traffic
+    described: Callable[[], dict[str, Any]]
+    """The OpenAPI document."""
 
 
 @contextmanager
@@ -68,7 +69,7 @@ def assembled(home: Home, fleet: Fleet, policy: Policy, steering: Steering) -> I
     watch = _watch(policy.rule, promotions)
     if watch:
         fleet.watchers.append(watch.follow)
-    asking = Asking(partial(endpoint, fleet))
+    asking = Asking(fleet.where)
     metrics = ExpertMetrics(
         KnownAtHome(home), sampling=policy.sampling, ask=asking, in_flight=partial(in_flight, fleet)
     )
@@ -86,17 +87,9 @@ def assembled(home: Home, fleet: Fleet, policy: Policy, steering: Steering) -> I
         app = create_app(parts)
         describe(app)
         try:
-            yield Assembled(Logged(app, log=RequestLog.of(home)), app.state.traffic)
+            yield Assembled(Logged(app, log=RequestLog.of(home)), app.state.traffic, app.openapi)
         finally:
             asking.close()
-
-
-def endpoint(fleet: Fleet, deployment: Deployment) -> Endpoint:
-    """Where `deployment` answers now; raises `InputError` if it does not."""
-    replica = fleet.target(deployment.label, "")
-    if replica.endpoint is None or replica.deployment != deployment:
-        raise InputError(f"{deployment.label} does not answer now.")
-    return replica.endpoint
 
 
 def in_flight(fleet: Fleet, deployment: Deployment) -> int:
