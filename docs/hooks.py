@@ -212,14 +212,13 @@ def rest_page() -> str:
     with tempfile.TemporaryDirectory() as folder:
         home = Home(Path(folder))
         source = Registered(home, tuple)
-        with assembled(home, Fleet(source.open), Policy(keys=None), source.steering) as made:
-            document = made.api.openapi()
+        with assembled(home, Fleet(source.open), Policy(keys=None), source.steering) as assembly:
+            document = assembly.described()
     lines = [
         "# REST",
         "",
         "The gateway speaks OpenAI's API under `/v1`; requests and answers, streams included, are vLLM's own.",
-        "Every request but those for `/health` and `/ready` bears `Authorization: Bearer KEY`, unless the gateway was",
-        "started with `--no-auth`.",
+        "Every request but `/health` and `/ready` bears `Authorization: Bearer KEY`, except under `--no-auth`.",
         "Mistakes are answered with a 4xx and a body that says what to do. `/openapi.json` describes everything.",
         "",
         "| Method | Path | Answers |",

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -55,25 +54,11 @@ def publish(store: ArtifactStore, name: str) -> Profile:
     return profile
 
 
-class SteeredServer(VllmServer):
-    """vLLM's server with what steering adds."""
-
-    def __init__(self, folder: Path, steering: Steering, log: Path) -> None:
-        super().__init__(folder, ServerConfig(name="tiny", max_model_len=128), log=log)
-        self.added, self.told = steering.server_arguments(DEPLOYMENT)
-
-    def _command(self) -> list[str]:
-        return super()._command() + self.added
-
-    def _environment(self) -> dict[str, str]:
-        return super()._environment() | self.told
-
-
 class Served:
     """The server as the gateway asks it."""
 
     def __init__(self, server: VllmServer, steering: Steering, model: PreTrainedModel, profiles: dict[str, Profile]):
-        headers = {"Authorization": f"Bearer {getattr(server, 'api_key', 'none')}"}
+        headers = {"Authorization": f"Bearer {server.api_key}"}
         self.client = httpx.Client(base_url=server.url, timeout=120, trust_env=False, headers=headers)
         self.steering, self.model, self.profiles = steering, model, profiles
 
@@ -94,7 +79,11 @@ def served(tiny_moe, tmp_path_factory) -> Iterator[Served]:
     store = ArtifactStore(folder)
     profiles = {name: publish(store, name) for name in METHODS}
     steering = Steering(store)
-    with SteeredServer(folder / "model", steering, folder / "vllm.log") as server:
+    arguments, environment = steering.server_arguments(DEPLOYMENT)
+    config = ServerConfig(
+        name="tiny", max_model_len=128, extra_arguments=tuple(arguments), extra_environment=environment
+    )
+    with VllmServer(folder / "model", config, log=folder / "vllm.log") as server:
         server.start()
         yield Served(server, steering, load_model(folder / "model", experts="eager"), profiles)
 

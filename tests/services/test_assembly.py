@@ -72,7 +72,7 @@ def test_the_description_is_complete(tmp_path: Path, models: Any) -> None:
         Fleet(models.open) as fleet,
         assembled(home, fleet, Policy(keys=None), Steering(home.store)) as made,
     ):
-        document = made.api.openapi()
+        document = made.described()
     operations = [operation for methods in document["paths"].values() for operation in methods.values()]
     names = [operation["operationId"] for operation in operations]
     assert len(set(names)) == len(names)

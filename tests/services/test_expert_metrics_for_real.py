@@ -65,7 +65,7 @@ def asking(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     config = ServerConfig(name="tiny", max_model_len=MAX_MODEL_LEN, threads=1)
     with VllmServer(checkpoint, config, log=tmp_path_factory.mktemp("log") / "vllm.log") as server:
         server.start()
-        at = SimpleNamespace(url=server.url, api_key=getattr(server, "api_key", ""))
+        at = SimpleNamespace(url=server.url, api_key=server.api_key)
         made = Asking(lambda _: at)
         yield made
         made.close()

@@ -44,9 +44,15 @@ class Clients:
 
     def until(self, status: int, version: str, more: int = 10) -> None:
         """Wait for so many more answers of that kind."""
+        self._wait(status, version, self.seen[status, version] + more)
+
+    def until_refused(self) -> None:
+        """Wait for the first 503, unless there was one."""
+        self._wait(503, "", 1)
+
+    def _wait(self, status: int, version: str, count: int) -> None:
         with self._changed:
-            wanted = self.seen[status, version] + more
-            assert self._changed.wait_for(lambda: self.seen[status, version] >= wanted or self.odd, WAIT)
+            assert self._changed.wait_for(lambda: self.seen[status, version] >= count or self.odd, WAIT)
 
     def _ask(self, number: int) -> None:
         stream = bool(number % 2)
@@ -122,9 +128,10 @@ def test_killed_promoted_and_rolled_back_under_load(tmp_path: Path, deploy_tiny:
             (engine,) = set(processes("EngineCore")) & set(other.children())
             server.kill()
             engine.kill()
-            for clients, version in ((champion, "tiny@1"), (challenger, "tiny@2")):
-                clients.until(503, "", more=1)
-                clients.until(200, version)
+            champion.until_refused()
+            challenger.until_refused()
+            champion.until(200, "tiny@1")
+            challenger.until(200, "tiny@2")
         assert champion.odd == challenger.odd == []
         assert {version for _, version in champion.seen} <= {"tiny@1", ""}
         assert {version for _, version in challenger.seen} <= {"tiny@2", ""}

@@ -26,16 +26,6 @@ from moestro_services.gateway.traffic import Observed, RollbackCollector, Traffi
 from moestro_services.gateway.upstream import Upstream
 from moestro_services.gateway.watch import Watch
 
-REQUEST_SCHEMA: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"type": "object", "required": ["model"], "properties": {"model": {"type": "string"}}}
-            }
-        },
-    }
-}
 Wrap = Callable[[ASGIApp, Traffic], ASGIApp]
 """Puts a middleware around an application."""
 
@@ -116,7 +106,6 @@ def _add_models(app: FastAPI, fleet: Fleet, proxy: Proxy) -> None:
             methods=["POST"],
             tags=["models"],
             response_model=None,
-            openapi_extra=REQUEST_SCHEMA,
             operation_id=path,
         )
         route.app = proxy  # FastAPI describes the route and stays out of its way

@@ -1,11 +1,11 @@
 """What a home's gateway is made of: door and log, management, steering and the figures of experts, put together."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from moestro.registry import ModelRegistry
@@ -55,8 +55,8 @@ class Assembled:
 
     app: ASGIApp
     traffic: Traffic
-    api: FastAPI
-    """What is within: the routes and their description."""
+    described: Callable[[], dict[str, Any]]
+    """The OpenAPI document."""
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def assembled(home: Home, fleet: Fleet, policy: Policy, steering: Steering) -> I
         app = create_app(parts)
         describe(app)
         try:
-            yield Assembled(Logged(app, log=RequestLog.of(home)), app.state.traffic, app)
+            yield Assembled(Logged(app, log=RequestLog.of(home)), app.state.traffic, app.openapi)
         finally:
             asking.close()
 

@@ -15,10 +15,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from moestro.errors import ResourceError
 from moestro.inference.routes import RoutingShape, check_routes
+from moestro.inference.steering import RESERVED_ARGUMENTS
 from moestro_services.gateway.expert_metrics_sampling import NotCountedError, Reason
-
-STEERING = "moestro_"
-"""How the names of those arguments in `vllm_xargs` begin that steer a request; clients cannot set them."""
 
 
 class _Request(BaseModel):
@@ -53,7 +51,7 @@ class Counted:
 
 def check_unsteered(request: bytes) -> None:
     """Raise `NotCountedError` if the request, as it went to vLLM, is steered or no request."""
-    if any(name.startswith(STEERING) for name in _request(request).vllm_xargs or ()):
+    if any(name.startswith(RESERVED_ARGUMENTS) for name in _request(request).vllm_xargs or ()):
         raise NotCountedError(Reason.STEERED)
 
 

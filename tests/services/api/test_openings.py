@@ -14,6 +14,7 @@ HARMLESS = {
     ("Prompts", "positive"): "text that is read by the model",
     ("Prompts", "negative"): "text that is read by the model",
     ("DeployConfig", "sample_prompt"): "text that is read by the model",
+    ("DeployConfig", "force"): "a reason that is written down",
 }
 """Fields that hold any text, with why they reach nothing. A new one fails here until somebody has thought about it."""
 
