@@ -82,7 +82,16 @@ def test_an_unknown_model_is_an_openai_404(base_url: str, upstream: Any) -> None
 
 @pytest.mark.parametrize(
     "body",
-    [b"{", b"[]", b'{"prompt": "x"}', b'{"model": 3}', b"[" * 9000, b"\xff\xfe", b'{"model": "assistant", "n": NaN}'],
+    [
+        b"{",
+        b"[]",
+        b'{"prompt": "x"}',
+        b'{"model": 3}',
+        b"[" * 9000,
+        b"\xff\xfe",
+        b'{"model": "assistant", "n": NaN}',
+        b'{"model": "assistant", "n": -1e999}',
+    ],
 )
 def test_a_request_that_names_no_model_is_a_400(base_url: str, body: bytes) -> None:
     response = httpx.post(base_url + "/v1/completions", content=body)

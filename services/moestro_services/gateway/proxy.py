@@ -5,6 +5,7 @@ to vLLM byte for byte. Beyond that this module knows nothing of what clients ask
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -156,7 +157,7 @@ async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes | N
 def parsed(raw: bytes) -> dict[str, Any]:
     """The request's body, which names a model; raises `Refused` if it does not."""
     try:
-        body = json.loads(raw, parse_constant=_no_number)
+        body = json.loads(raw, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError):
         raise _not_json() from None
     if not isinstance(body, dict) or not isinstance(body.get("model"), str):
@@ -171,6 +172,13 @@ def _not_json() -> Refused:
 def _no_number(name: str) -> None:
     """Python reads NaN and Infinity, which are no JSON and would reach the sampler."""
     raise ValueError(name)
+
+
+def _finite(text: str) -> float:
+    """Nor may a number be so large that it is read as infinity."""
+    if math.isinf(number := float(text)):
+        raise ValueError(text)
+    return number
 
 
 def sticky(headers: Headers, body: Mapping[str, Any], caller: Caller) -> str:
