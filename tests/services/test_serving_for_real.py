@@ -89,7 +89,7 @@ def test_a_real_model_is_served_and_nothing_stays(deployed_home: Path) -> None:
 def test_ui_runs_three_servers_that_end_with_it(tmp_path: Path, end: signal.Signals) -> None:
     home = tmp_path / "home"
     ports = ("--gateway-port", "0", "--mlflow-port", "0", "--prefect-port", "0")
-    with moestro(home, "ui", *ports) as process:
+    with moestro(home, "ui", "--no-auth", *ports) as process:
         addresses = first_document(process, home)
         children = family(process)
         assert set(addresses) == {"mlflow", "prefect", "gateway"}
