@@ -25,7 +25,10 @@ from moestro.registry.migrations import VERSION_TABLE
 
 BUSY_SECONDS = 30
 LOCK_KEY = 0x6D6F6573  # "moes": PostgreSQL's advisory locks are plain numbers
-SQLITE_HINT = "If the file is damaged, delete it: it is only an index, which `moestro index rebuild` makes again."
+SQLITE_HINT = (
+    "If it is damaged: registry.db is only an index, which `moestro index rebuild` makes again once it is deleted; "
+    "mlflow.db also holds who gets traffic, so bring that one back from a backup."
+)
 EXAMPLES = "Use e.g. sqlite:////path/registry.db or postgresql://user@host/name."
 
 
