@@ -22,7 +22,7 @@ from moestro_services.served import Served, describe
 
 CONFIG = Path("examples/quickstart.yaml")
 STREAMS = 64
-ROUNDS = 5
+ROUNDS = 4
 ROUND_SECONDS = 15.0
 MINUTE = 60.0
 MODEL_TOKENS, STANDIN_TOKENS = 32, 40

@@ -53,6 +53,7 @@ def measure(folder: Path, source: Home, config: LifecycleConfig, checkpoints: li
     with served(home, key) as (url, process):
         load = Load((Target(url, key),), name, seconds=seconds)
         killed = _killed(load, process, f"{name}@1")
+        _wait_for_both(url, key)
         switched = _switched(load, url, key)
     return Faults(killed, switched)
 
@@ -103,7 +104,7 @@ def _wait_for_both(url: str, key: str) -> None:
     headers = {"Authorization": f"Bearer {key}"}
     while time.monotonic() < deadline:
         (model,) = httpx.get(f"{url}/api/models", headers=headers, trust_env=False).json()
-        if [one["state"] for one in model["replicas"]] == ["serving"] * 2:
+        if [one["state"] for version in model["versions"] for one in version["replicas"]] == ["serving"] * 2:
             return
         time.sleep(0.5)
     raise ResourceError(f"The versions did not answer within {START_SECONDS} s.")
@@ -155,7 +156,7 @@ def bounds(found: Faults, name: str) -> Iterator[dict[str, Any]]:
     """No request without an answer or a clean 503, none while switching, and no version but the right one."""
     failed, lost = sum(found.killed.failed.values()), sum(found.switched.failed.values())
     strange = sum(count for version, count in found.killed.fingerprints.items() if version != f"{name}@1")
-    back = float(found.killed.longest_gap < found.killed.seconds / 2)
+    back = float(found.killed.last_gap < found.killed.longest_gap)
     seen = len(set(found.switched.fingerprints) & {f"{name}@1", f"{name}@2"})
     yield {"what": "killed: neither answered nor a clean 503", "value": failed, "limit": "= 0", "ok": failed == 0}
     yield {"what": "killed: answers of another version", "value": strange, "limit": "= 0", "ok": strange == 0}

@@ -1,8 +1,8 @@
 """The gateway before a server that is there already: `python -m moestro_services.gateway_bench.hosted`.
 
-It is the gateway of `moestro serve` in all but the server's start: door with keys and limits, request log, metrics. A
-line of JSON on standard input says which server; one on standard output where the gateway listens and with what key.
-It ends when standard input does.
+It is the gateway of `moestro serve` in all but the server's start: door with keys and limits, request log, metrics; it
+asks no stream again for the sake of its experts, as it would of an idle server. A line of JSON on standard input says
+which server; one on standard output where the gateway listens and with what key. It ends when standard input does.
 """
 
 import json
@@ -25,6 +25,7 @@ from moestro_flows.home import Home
 from moestro_services.gateway.assembly import Policy
 from moestro_services.gateway.caller import Scope
 from moestro_services.gateway.deployments import Deployment
+from moestro_services.gateway.expert_metrics_sampling import Sampling
 from moestro_services.gateway.keys import KeyRing
 from moestro_services.gateway.launch import Address, gateway
 from moestro_services.gateway.steering import Steering
@@ -117,8 +118,9 @@ def main() -> None:
         home.prepare()
         keys = KeyRing.of(home)
         _, secret = keys.create("load", {Scope.INFER})
+        policy = Policy(keys=keys, sampling=Sampling(share=0))
         source = Given(home, asked["model"], Standing(asked["url"], asked["key"]))
-        with gateway(home, source, Address(), say=lambda _: None, policy=Policy(keys=keys)) as running:
+        with gateway(home, source, Address(), say=lambda _: None, policy=policy) as running:
             running.wait_until_ready()
             sys.stdout.write(json.dumps({"url": running.url, "key": secret}) + "\n")
             sys.stdout.flush()

@@ -62,6 +62,8 @@ class Result:
     """Answers by their `system_fingerprint`."""
     longest_gap: float = 0.0
     """Seconds that passed without an answer, the longest time that it happened."""
+    last_gap: float = 0.0
+    """Seconds from the last answer to the end."""
 
 
 def run(load: Load) -> list[Result]:
@@ -114,7 +116,8 @@ async def _run(load: Load) -> list[Result]:
         result.seconds, result.failed = ended - started, dict(counts)
         result.fingerprints = dict(Counter(fingerprint for _, fingerprint in came))
         moments = [started, *(moment for moment, _ in came), ended]
-        result.longest_gap = max(later - sooner for sooner, later in pairwise(moments))
+        gaps = [later - sooner for sooner, later in pairwise(moments)]
+        result.longest_gap, result.last_gap = max(gaps), gaps[-1]
     return results
 
 
@@ -163,18 +166,17 @@ async def _ask(
 
 async def _read_stream(answer: aiohttp.ClientResponse) -> tuple[float, str]:
     """When the first event came, and the answer's fingerprint."""
-    first, event, fingerprint = 0.0, b"", ""
+    first, event, before = 0.0, b"", b""
     async for line in answer.content:
         if not line.startswith(DATA):
             continue
-        event = line[len(DATA) :].strip()
+        before, event = event, line[len(DATA) :].strip()
         if event.startswith(b'{"error"'):
             raise _LostError(f"error in the stream: {event[:200].decode()}")
-        if not first:
-            first, fingerprint = time.perf_counter(), json.loads(event).get("system_fingerprint") or ""
+        first = first or time.perf_counter()
     if event != DONE:
         raise _LostError("the stream ended before [DONE]")
-    return first, fingerprint
+    return first, json.loads(before).get("system_fingerprint") or ""  # vLLM writes it into the last event alone
 
 
 async def _read_whole(answer: aiohttp.ClientResponse) -> tuple[float, str]:
