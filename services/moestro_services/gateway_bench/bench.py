@@ -18,6 +18,7 @@ from moestro_services.gateway.listening import address, listen
 from moestro_services.gateway_bench import cost, faults
 from moestro_services.gateway_bench.hosted import hosted
 from moestro_services.gateway_bench.load import Load, Target
+from moestro_services.gateway_bench.standin import FIRST_TOKEN_SECONDS, TOKEN_SECONDS
 from moestro_services.served import Served, describe
 
 CONFIG = Path("examples/quickstart.yaml")
@@ -26,6 +27,8 @@ ROUNDS = 4
 ROUND_SECONDS = 15.0
 MINUTE = 60.0
 MODEL_TOKENS, STANDIN_TOKENS = 32, 40
+STANDIN_SECONDS = FIRST_TOKEN_SECONDS + (STANDIN_TOKENS - 1) * TOKEN_SECONDS
+"""Of one of its answers."""
 KV_CACHE_GIB = 1.0
 
 
@@ -58,10 +61,10 @@ def model_cost(model: Artifact, served: Served, folder: Path) -> cost.Cost:
 
 
 def standin_cost() -> cost.Cost:
-    """A server of fixed speed under load, directly and through the gateway at the same time."""
+    """A server of fixed speed under load, directly and through the gateway."""
     with standin() as direct, hosted(direct, "fixed") as ours:
-        load = Load((direct, ours.target), "fixed", STREAMS, MINUTE, STANDIN_TOKENS)
-        return cost.measure_together(load, direct, ours.target, ours.memory)
+        load = Load((direct,), "fixed", STREAMS, ROUND_SECONDS, STANDIN_TOKENS, spread=STANDIN_SECONDS)
+        return cost.measure(load, direct, ours.target, ROUNDS, ours.memory)
 
 
 @contextmanager
@@ -82,6 +85,7 @@ def standin() -> Iterator[Target]:
 def report(config: LifecycleConfig, throughput: cost.Cost, latency: cost.Cost, found: faults.Faults) -> dict[str, Any]:
     """The table, its bounds and notes."""
     assert config.deploy is not None
+    shared = cost.throughput(throughput)
     model, fixed = "the quickstart's model", "a stand-in of fixed speed"
     columns = ["server", "asked", "requests", "failed", "tokens/s", "first token, ms: median", "p99"]
     return {
@@ -89,18 +93,20 @@ def report(config: LifecycleConfig, throughput: cost.Cost, latency: cost.Cost, f
         "columns": columns,
         "rows": [*cost.rows(model, throughput), *cost.rows(fixed, latency)],
         "bounds": [
-            cost.throughput_bound(throughput),
+            cost.throughput_bound(latency),
             *cost.latency_bounds(latency),
             cost.failures_bound(model, throughput),
             cost.failures_bound(fixed, latency),
-            cost.memory_bound(throughput),
+            cost.memory_bound(latency),
             *faults.bounds(found, config.deploy.name),
         ],
         "notes": [
-            f"The model: {ROUNDS} rounds of {ROUND_SECONDS:g} s each way, in turn, {MODEL_TOKENS} tokens an answer. "
-            "Client, gateway and vLLM share this machine's cores, so its latency is mostly their queue for them.",
-            f"The stand-in sends a token each 50 ms whatever happens; {STREAMS} streams, requests directly and "
-            f"through the gateway in turn, for {MINUTE:g} s. Bounds on latency are read off it.",
+            f"Each server: {ROUNDS} rounds of {ROUND_SECONDS:g} s each way, in turn; answers of {MODEL_TOKENS} tokens "
+            f"by the model, of {STANDIN_TOKENS} by the stand-in, one each {TOKEN_SECONDS * 1e3:g} ms whatever happens. "
+            "Its streams begin one after the other.",
+            "Client, gateway and vLLM share this machine's cores, so with the model they take them from each other: "
+            f"through the gateway it is {shared.median:.3f} [{shared.low:.3f}, {shared.high:.3f}] as fast. Bounds on "
+            "throughput, latency and memory are read off the stand-in, whose speed is its own.",
             *faults.told(found),
         ],
     }

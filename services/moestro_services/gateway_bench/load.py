@@ -43,6 +43,8 @@ class Load:
     stream: bool = True
     retry: bool = False
     """Whether a 503 is asked again, as `Retry-After` suggests, without counting as failed."""
+    spread: float = 0.0
+    """Seconds over which the streams begin; answers of fixed length would otherwise keep them in step for ever."""
 
 
 @dataclass
@@ -101,6 +103,7 @@ async def _run(load: Load) -> list[Result]:
 
         async def stream(number: int) -> None:
             asked = 0
+            await asyncio.sleep(load.spread * number / load.streams)
             while time.monotonic() - started < load.seconds:
                 turn = (number + asked) % len(load.targets)
                 body = _body(load, number, asked)
