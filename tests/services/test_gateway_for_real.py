@@ -110,7 +110,7 @@ def test_killed_promoted_and_rolled_back_under_load(tmp_path: Path, deploy_tiny:
         for number, artifact in enumerate(artifacts, 1)
     )
     aliases: dict[str, str] = {"champion": "1", "challenger": "2"}
-    home.prepare()
+    home.logs.mkdir(parents=True, exist_ok=True)
 
     def registry() -> list[RegisteredModel]:
         return [RegisteredModel("tiny", versions, dict(aliases), 0.0)]

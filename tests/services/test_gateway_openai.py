@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clients(checkpoint: Path) -> Iterator[tuple[openai.OpenAI, openai.OpenAI]]:
     """One that asks vLLM, and one that asks the gateway before the same vLLM."""
     home = Home(checkpoint.parent / "home")
-    home.prepare()
+    home.logs.mkdir(parents=True)
     keys = KeyRing.of(home)
     _, secret = keys.create("test", {Scope.INFER})
     config = ServerConfig(name="tiny", max_model_len=64, fingerprint="tiny@1")

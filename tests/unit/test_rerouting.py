@@ -163,7 +163,8 @@ def test_undecided_tokens_train_all_experts_and_the_others_their_own(tiny_moe: M
     assert torch.equal(gates_TE[~wide_T].count_nonzero(dim=1), torch.full((int((~wide_T).sum()),), 2))
     assert (gates_TE[~wide_T].gather(1, chosen_TK[~wide_T]) > 0).all()
     plain_TD, broadcast_TD = (output.flatten(0, -2) for output in outputs[:2])
-    torch.testing.assert_close(broadcast_TD[~wide_T], plain_TD[~wide_T], rtol=1e-5, atol=1e-6)
+    # Six experts are summed where two were, most of them times 0, in an order of the CPU's: some roundings apart.
+    torch.testing.assert_close(broadcast_TD[~wide_T], plain_TD[~wide_T], rtol=1e-5, atol=5e-6)
     assert not torch.allclose(broadcast_TD[wide_T], plain_TD[wide_T], rtol=1e-3)
     assert 0 < objective.metrics()["uncertain_tokens"] < 1
 

@@ -180,8 +180,6 @@ class ExpertMetrics:
                 version.compare_with(self._known.profile(deployment))
         except MoestroError as error:
             _log.warning("Experts of %s: %s", label, error)
-            if label not in self._versions:
-                self._remember(label, None)  # told once; the version counts as one without routing from now on
             raise NotCountedError(Reason.LOST) from None
         with self._lock:
             self._versions.move_to_end(label)

@@ -6,6 +6,7 @@ from hashlib import blake2b
 from pydantic import Field
 
 from moestro.config import Config
+from moestro.config.seeds import Seed
 
 
 class Sampling(Config):
@@ -13,7 +14,7 @@ class Sampling(Config):
 
     share: float = Field(default=0.05, ge=0, le=1)
     """Share of the requests whose routes are counted."""
-    seed: int = 0
+    seed: Seed = 0
     """Which requests these are: the same seed and share choose the same ones by their number since the start."""
     queue_requests: int = Field(default=64, ge=1)
     """Requests that wait to be counted, at most; further ones are dropped, and the drops counted."""
