@@ -4,7 +4,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,26 @@ def tiny_moe() -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
-def own_environment() -> Iterator[None]:
-    """What the test sets in this process's environment no other test, and no process that one starts, shall see."""
+@contextmanager
+def _environment_kept() -> Iterator[None]:
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fixtures_keep_the_environment() -> Iterator[None]:
+    """What a module's own fixtures set in this process's environment, as commands do that they call, ends with it."""
+    with _environment_kept():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _tests_keep_the_environment(_fixtures_keep_the_environment: None) -> Iterator[None]:
+    """What a test sets in this process's environment no other test, and no process that one starts, shall see."""
+    with _environment_kept():
+        yield
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def audit() -> Noted:
 
 
 @pytest.fixture
-def client(tmp_path: Path, audit: Noted, moestro: Any, own_environment: None) -> Iterator[httpx.Client]:
+def client(tmp_path: Path, audit: Noted, moestro: Any) -> Iterator[httpx.Client]:
     """A client of the API over a home that holds the tiny config."""
     home = Home(tmp_path / "home")
     home.prepare()

@@ -121,7 +121,6 @@ def test_the_first_branch_does_not_begin(
     assert "runs out of data" in run.steps[0].message
 
 
-@pytest.mark.usefixtures("own_environment")
 def test_every_branch_waits_for_the_text_of_all_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESTRO_HOME", str(tmp_path))
     from moestro_flows import stages  # sets the environment that Prefect reads when it is imported

@@ -30,11 +30,6 @@ from moestro_services.gateway.replica import Backoff
 NO_TEMPLATE = {"error": {"message": "no chat template", "type": "BadRequestError", "param": None, "code": 400}}
 
 
-@pytest.fixture(autouse=True)
-def commands_keep_their_environment(own_environment: None) -> None:
-    """Commands that are called here set this process's environment."""
-
-
 class FixedUpstream:
     """An ASGI application that answers every completion with fixed bytes; prompts steer it.
 
