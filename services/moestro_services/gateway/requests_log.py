@@ -32,6 +32,7 @@ HARMLESS = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 MAX_BYTES = 32 << 20
 KEPT_FILES = 5
 MOST_WAITING = 10_000
+REST_SECONDS = 0.2
 LEFT = 499
 """The status of a request whose client left before an answer had begun."""
 FAILED = 500
@@ -84,9 +85,21 @@ class RequestLog:
 
 
 class _Listener(QueueListener):
-    """The thread that writes; its end waits for its turn in a full queue."""
+    """The thread that writes. It rests between batches: woken for each line, it would take requests their time."""
+
+    def __init__(self, lines: queue.Queue[logging.LogRecord], file: logging.Handler) -> None:
+        super().__init__(lines, file)
+        self._ending = threading.Event()
+
+    def dequeue(self, block: bool) -> logging.LogRecord:
+        """The next line."""
+        if self.queue.empty():  # type: ignore[attr-defined]
+            self._ending.wait(REST_SECONDS)
+        return super().dequeue(block)
 
     def enqueue_sentinel(self) -> None:
+        """End; waits for its turn in a full queue."""
+        self._ending.set()
         self.queue.put(self._sentinel)  # type: ignore[attr-defined]
 
 
