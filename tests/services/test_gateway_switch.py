@@ -177,7 +177,10 @@ class Heard:
         self.rollbacks: Counter[str] = Counter()
         self.seen: Counter[tuple[str, str, bool]] = Counter()
 
-    def answered(self, name: str, version: str, *, failed: bool, streamed: bool, seconds: float | None) -> None:
+    def answered(
+        self, name: str, version: str, *, caller: str, failed: bool, streamed: bool, seconds: float | None
+    ) -> None:
+        assert caller == "local"
         assert not streamed
         assert failed or seconds is not None
         self.seen[name, version, failed] += 1
