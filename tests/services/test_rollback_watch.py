@@ -270,6 +270,56 @@ def test_a_canary_that_is_lost_again_and_again_is_rolled_back(scene: Scene) -> N
     scene.rolled.times(1)
 
 
+def lose(scene: Scene, times: int) -> None:
+    """The process of version 2 ends so often, and is back each time."""
+    (before,) = (state.restarts for state in scene.fleet.replicas() if state.version == "2")
+    for restarts in range(before + 1, before + 1 + times):
+        scene.servers["2"].gone.set()
+
+        def back(fleet: Fleet, restarts: int = restarts) -> bool:
+            states = [state for state in fleet.replicas() if state.version == "2"]
+            return [(state.state, state.restarts) for state in states] == [("serving", restarts)]
+
+        assert scene.fleet.wait_for(back, 30)
+
+
+def test_a_canary_that_nobody_asks_and_that_only_crashes_is_ended(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    lose(scene, RULE.max_restarts - 1)
+    assert scene.rolled.heard == []
+    lose(scene, 1)
+    scene.rolled.times(1)
+    assert "was started again 3 times" in scene.rolled.heard[0][1]
+    assert scene.watch.rollbacks == {"assistant": 1}
+
+
+def test_a_canary_that_never_starts_is_ended(scene: Scene) -> None:
+    scene.servers["2"].refusals = RULE.max_restarts
+    scene.fleet.apply([scene.models.model(0.2, champion="1", challenger="2")])
+    scene.rolled.times(1)
+
+
+def test_crashes_before_the_canary_and_of_others_count_for_nothing(scene: Scene) -> None:
+    scene.registry(champion="1", challenger="2")
+    assert scene.fleet.wait_for(lambda fleet: all(state.state == "serving" for state in fleet.replicas()), 30)
+    lose(scene, RULE.max_restarts)
+    scene.registry(0.2, champion="1", challenger="2")
+    lose(scene, RULE.max_restarts - 1)
+    scene.registry(champion="2", previous="1")
+    lose(scene, RULE.max_restarts)
+    assert scene.rolled.heard == []
+
+
+def test_a_canary_is_not_judged_by_what_was_asked_while_it_started(scene: Scene) -> None:
+    scene.servers["2"].may_start.clear()
+    scene.fleet.apply([scene.models.model(0.2, champion="1", challenger="2")])
+    scene.answers("2", 50, failed=50)
+    scene.servers["2"].may_start.set()
+    assert scene.fleet.wait_for(lambda fleet: fleet.table["assistant"].canary_share == 0.2, 30)
+    scene.answers("2", 50)
+    assert scene.rolled.heard == []
+
+
 def test_a_canary_that_is_lost_and_then_ended_is_none(scene: Scene) -> None:
     scene.registry(0.2, champion="1", challenger="2")
     scene.servers["2"].may_start.clear()

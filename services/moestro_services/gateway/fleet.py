@@ -214,12 +214,14 @@ class Fleet:
             if not keep and wanted.serving:
                 moved.add(alias)
         used = dict.fromkeys((*wanted_now, *aliases.values()))
+        challenger = model.aliased(CHALLENGER)
         return Route(
             name=model.name,
             aliases=MappingProxyType(aliases),
             versions=MappingProxyType({replica.version.version: replica for replica in used}),
             registered=frozenset(version.version for version in model.versions),
             canary_share=model.canary_share if CHALLENGER in moved else 0.0,
+            canary=self._replica(challenger) if challenger and model.canary_share else None,
         )
 
     def _tell(self, before: Table) -> None:

@@ -2,7 +2,8 @@
 
 A canary is judged against the champion while both answer; a version that became champion, for some minutes, against
 what its predecessor did before. Requests that a version's lost process leaves unanswered are failures of it; a model's
-own 4xx and clients that leave count for nobody. What one caller sees is borne out by others before it counts.
+own 4xx and clients that leave count for nobody. What one caller sees is borne out by others before it counts. A canary
+whose process is started again and again is ended, whether anybody asked it or not.
 """
 
 import logging
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from moestro.errors import MoestroError, told
-from moestro.registry.model_versions import CHALLENGER, PREVIOUS
+from moestro.registry.model_versions import PREVIOUS
+from moestro_services.gateway.replica import Replica
 from moestro_services.gateway.routes import Route
 from moestro_services.gateway.watch_window import Figures, Request, Window
 
@@ -50,6 +52,8 @@ class RollbackRule:
     """How long a new champion is judged."""
     min_borne_out: int = 3
     """Failures, or answers where latency is judged, of others than the caller who weighs most."""
+    max_restarts: int = 3
+    """How often a canary's process is started again before the canary is ended, whether anybody asked it or not."""
 
 
 @dataclass
@@ -60,6 +64,10 @@ class _Suspect:
     since: float
     until: float
     window: Window = field(default_factory=Window)
+    restarts: int = 0
+    """How often its process had been started again when it became a canary."""
+    begun: bool = True
+    """Whether it has answered as what it is. A first start, however long, is no failure."""
     checked: float = float("-inf")
     acted: bool = False
 
@@ -100,16 +108,15 @@ class Watch:
                 window = self._windows[name, version] = Window()
             window.add(request)
             suspect = self._suspects.get(name)
-            if suspect is None or suspect.version != version or suspect.acted:
+            if suspect is None or suspect.version != version or suspect.acted or not suspect.begun:
                 return
             suspect.window.add(request)
             if len(suspect.window) < self.rule.min_requests or now - suspect.checked < CHECK_SECONDS:
                 return
             suspect.checked = now
             reason = self._verdict(name, suspect, now)
-            suspect.acted = bool(reason)
-        if reason:
-            threading.Thread(target=self._act, args=(name, suspect, reason), name="rollback", daemon=True).start()
+            if reason:
+                self._start(name, suspect, reason)
 
     def follow(self, table: Mapping[str, Route]) -> None:
         """Traffic goes by `table` now."""
@@ -126,13 +133,9 @@ class Watch:
         before = self._champions.get(route.name)
         self._champions[route.name] = champion
         suspect = self._suspects.get(route.name)
-        if route.canary_share > 0:
-            challenger = route.aliases[CHALLENGER].version.version
-            if suspect is None or (suspect.version, suspect.against) != (challenger, champion):
-                self._suspects[route.name] = _Suspect(challenger, champion, self._clock(), float("inf"))
+        if route.canary is not None:
+            self._follow_canary(route, route.canary, champion, suspect)
             return
-        if suspect and suspect.against == champion and _is_away(route, suspect.version):
-            return  # a canary whose process is started again is one all the same, and its failures count
         fresh = before and champion != before and (route.name, champion) not in self._tried
         self._tried.add((route.name, champion))
         if fresh and PREVIOUS in route.aliases:
@@ -141,6 +144,18 @@ class Watch:
             self._suspects[route.name] = _Suspect(champion, did, now, now + self.rule.champion_minutes * 60)
         elif suspect and (suspect.version != champion or isinstance(suspect.against, str)):
             del self._suspects[route.name]
+
+    def _follow_canary(self, route: Route, canary: Replica, champion: str, suspect: _Suspect | None) -> None:
+        """A canary whose process is lost is one all the same, and its failures count."""
+        version, now = canary.version.version, self._clock()
+        if suspect is None or (suspect.version, suspect.against) != (version, champion):
+            suspect = _Suspect(version, champion, now, float("inf"), restarts=canary.restarts, begun=False)
+            self._suspects[route.name] = suspect
+        if route.canary_share > 0 and not suspect.begun:
+            suspect.begun, suspect.since = True, now
+        restarts = canary.restarts - suspect.restarts
+        if restarts >= self.rule.max_restarts and not suspect.acted:
+            self._start(route.name, suspect, f"The process of version {version} was started again {restarts} times.")
 
     def _verdict(self, name: str, suspect: _Suspect, now: float) -> str:
         """Why `suspect` is to go; empty if it may stay."""
@@ -192,6 +207,10 @@ class Watch:
         waited = now - suspect.since >= self.rule.window_seconds
         return mine.callers <= {caller} and (waited or other.callers <= {caller})
 
+    def _start(self, name: str, suspect: _Suspect, reason: str) -> None:
+        suspect.acted = True
+        threading.Thread(target=self._act, args=(name, suspect, reason), name="rollback", daemon=True).start()
+
     def _act(self, name: str, suspect: _Suspect, reason: str) -> None:
         LOG.warning("Rolling %s back: %s", name, reason)
         try:
@@ -205,9 +224,3 @@ class Watch:
 
 def _slow(streamed: bool, bound: float, request: Request) -> bool:
     return request.streamed is streamed and request.seconds is not None and request.seconds > bound
-
-
-def _is_away(route: Route, version: str) -> bool:
-    """Whether `version` is the challenger and does not answer now."""
-    challenger = route.aliases.get(CHALLENGER)
-    return challenger is not None and challenger.version.version == version and not challenger.serving
