@@ -149,11 +149,12 @@ def test_a_canary_that_fails_is_rolled_back_by_itself(
 ) -> None:
     rolled = threading.Event()
 
-    def roll_back(name: str, version: str, reason: str) -> None:
+    def roll_back(name: str, version: str, reason: str) -> bool:
         assert (name, version) == ("assistant", "2")
         assert "version 2 failed" in reason
         fleet.apply([models.model(champion="1")])
         rolled.set()
+        return True
 
     watch = Watch(RollbackRule(min_requests=10), roll_back, clock=lambda: 0.0)
     fleet.watchers.append(watch.follow)

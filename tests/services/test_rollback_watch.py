@@ -23,20 +23,26 @@ class Rolled:
         self.heard: list[tuple[str, str]] = []
         self.changed = threading.Condition()
         self.busy = 0
+        self.changes = True
+        self.threads: list[threading.Thread] = []
 
-    def __call__(self, name: str, version: str, reason: str) -> None:
+    def __call__(self, name: str, version: str, reason: str) -> bool:
         assert version == "2"
         with self.changed:
             self.heard.append((name, reason))
+            self.threads.append(threading.current_thread())
             self.changed.notify_all()
             if self.busy:
                 self.busy -= 1
                 raise BusyError("Somebody promotes.")
+        return self.changes
 
     def times(self, count: int) -> None:
         with self.changed:
             assert self.changed.wait_for(lambda: len(self.heard) >= count, 30)
             assert len(self.heard) == count
+        for thread in self.threads:
+            thread.join(30)
 
 
 class Scene:
@@ -243,6 +249,14 @@ def test_a_rollback_that_fails_is_tried_again(scene: Scene) -> None:
         if len(scene.rolled.heard) > 1:
             break
     scene.rolled.times(2)
+
+
+def test_a_rollback_that_found_nothing_to_change_is_not_counted(scene: Scene) -> None:
+    scene.rolled.changes = False
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("2", 20, failed=20)
+    scene.rolled.times(1)
+    assert scene.watch.rollbacks == {}
 
 
 def test_the_first_champion_and_old_challengers_are_not_judged(scene: Scene) -> None:

@@ -24,8 +24,8 @@ LOG = logging.getLogger(__name__)
 CHECK_SECONDS = 1.0
 
 Key = tuple[str, str]
-RollBack = Callable[[str, str, str], object]
-"""Rolls a model back: its name, the version that is to go, and the reason in words."""
+RollBack = Callable[[str, str, str], bool]
+"""Rolls a model back: its name, the version that is to go, and the reason in words. Whether that changed anything."""
 
 
 @dataclass(frozen=True)
@@ -214,11 +214,12 @@ class Watch:
     def _act(self, name: str, suspect: _Suspect, reason: str) -> None:
         LOG.warning("Rolling %s back: %s", name, reason)
         try:
-            self._roll_back(name, suspect.version, reason)
+            changed = self._roll_back(name, suspect.version, reason)
         except self._failures as error:
             LOG.warning("Rolling %s back failed: %s", name, told(error))
             suspect.acted = False
-        else:
+            return
+        if changed:
             self.rollbacks[name] += 1
 
 
