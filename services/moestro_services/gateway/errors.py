@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
 
-from moestro.errors import ArtifactError, BusyError, GateError, InputError, MoestroError, ResourceError
+from moestro.errors import ArtifactError, BusyError, ConflictError, GateError, InputError, MoestroError, ResourceError
 
 RETRY_AFTER_SECONDS = "5"
 STATUS: dict[type[MoestroError], int] = {
     ArtifactError: 404,
     InputError: 404,
     BusyError: 409,
+    ConflictError: 409,
     GateError: 409,
     ResourceError: 503,
 }

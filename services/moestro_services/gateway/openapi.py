@@ -50,7 +50,7 @@ REASONS = {
     403: "The key has not the scope.",
     404: "There is no such thing.",
     408: "The body did not come in time.",
-    409: "Something is in the way, such as a lifecycle that is running, or a gate refuses.",
+    409: "Something is in the way: a lifecycle that runs, nothing to roll back to, a gate that refuses.",
     413: "The body is too large.",
     429: "The key's limit is reached.",
     503: "For now nothing can be done about it; ask again.",
