@@ -200,9 +200,11 @@ def test_the_controller_follows_and_survives_a_registry_that_cannot_be_read(
             controller.look()
             controller.look()
             assert controller.trouble
+            assert not fleet.registry_up
             assert answers(fleet) == "2"
         assert caplog.text.count("MLflow is away.") == 1
         wanted.append(three.model(champion="1", previous="2"))
         fleet.kick()
         assert fleet.wait_for(serves("1"), WAIT)
     assert controller.trouble == ""
+    assert fleet.registry_up

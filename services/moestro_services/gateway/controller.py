@@ -17,7 +17,8 @@ Read = Callable[[], Sequence[RegisteredModel]]
 class Controller:
     """Applies what `read` says, about every second and whenever the fleet is kicked, while in its block.
 
-    If reading fails, the fleet stays as it is; what went wrong is logged when it begins and when it is other.
+    If reading fails, the fleet stays as it is, and knows no model if it never succeeded; what went wrong is logged when
+    it begins and when it is other.
     """
 
     def __init__(
@@ -45,12 +46,15 @@ class Controller:
         except self._failures as error:
             words = told(error)
             if words != self.trouble:
-                LOG.warning("The model registry cannot be read; traffic stays as it is: %s", words)
+                meanwhile = "traffic stays as it is" if self._fleet.known else "no model is served until it can"
+                LOG.warning("The model registry cannot be read; %s: %s", meanwhile, words)
             self.trouble = words
+            self._fleet.registry_up = False
             return
         if self.trouble:
             LOG.warning("The model registry can be read again.")
         self.trouble = ""
+        self._fleet.registry_up = True
         self._fleet.apply(models)
 
     def __enter__(self) -> "Controller":

@@ -80,7 +80,7 @@ class Proxy:
             scope[MODEL] = name_in(self._fleet.table, body["model"])
             replica, endpoint = self._fleet.enter(body["model"], sticky(headers, body, caller))
         except Refused as refused:
-            if self._watch and isinstance(refused, UnavailableError):
+            if self._watch and isinstance(refused, UnavailableError) and refused.version:
                 self._watch.answered(
                     scope[MODEL], refused.version, caller=caller.id, failed=True, streamed=False, seconds=None
                 )
