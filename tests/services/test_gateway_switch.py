@@ -174,7 +174,8 @@ def test_a_canary_that_fails_is_rolled_back_by_itself(
 class Heard:
     """A `Watch` that keeps what it hears."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, streams: bool = False) -> None:
+        self.streams = streams
         self.rollbacks: Counter[str] = Counter()
         self.seen: Counter[tuple[str, str, bool]] = Counter()
 
@@ -182,7 +183,7 @@ class Heard:
         self, name: str, version: str, *, caller: str, failed: bool, streamed: bool, seconds: float | None
     ) -> None:
         assert caller == "local"
-        assert not streamed
+        assert streamed is self.streams
         assert failed or seconds is not None
         self.seen[name, version, failed] += 1
 
@@ -203,3 +204,18 @@ def test_what_a_lost_process_leaves_unanswered_is_its_failure_and_a_4xx_nobodys(
         assert client.post("/v1/completions", json=ASK | {"model": "assistant@1"}).status_code == 503
         server.may_start.set()
     assert heard.seen == {("assistant", "1", False): 1, ("assistant", "1", True): 1}
+
+
+@pytest.mark.parametrize("when", ["begin", "end"])
+@pytest.mark.parametrize(
+    ("code", "failed"), [("400", None), ("422", None), ("500", True), ("503", True), ("null", True), ('"odd"', True)]
+)
+def test_an_error_within_a_stream_counts_as_one_outside(
+    tmp_path: Path, fleet: Fleet, when: str, code: str, failed: bool | None
+) -> None:
+    heard: Any = Heard(streams=True)
+    parts = Parts(home=Home(tmp_path), fleet=fleet, watch=heard)
+    with serving(create_app(parts), listen("127.0.0.1", 0)) as url:
+        answer = httpx.post(url + "/v1/completions", json=ASK | {"stream": True, "prompt": f"{when} {code}"})
+    assert (answer.status_code, b'"error"' in answer.content) == (200, True)
+    assert heard.seen == ({} if failed is None else {("assistant", "1", failed): 1})
