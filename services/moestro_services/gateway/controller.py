@@ -21,20 +21,12 @@ class Controller:
     it begins and when it is other.
     """
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        read: Read,
-        *,
-        failures: tuple[type[Exception], ...] = (),
-        poll_seconds: float = POLL_SECONDS,
-    ) -> None:
-        """`failures` are what `read` may raise beside `MoestroError` and `OSError`."""
+    def __init__(self, fleet: Fleet, read: Read, *, poll_seconds: float = POLL_SECONDS) -> None:
+        """`read` may raise `MoestroError` and `OSError`."""
         self.trouble = ""
         """Why the registry cannot be read; empty while it can."""
         self._fleet = fleet
         self._read = read
-        self._failures: tuple[type[Exception], ...] = (MoestroError, OSError, *failures)
         self._poll_seconds = poll_seconds
         self._ending = False
         self._thread = threading.Thread(target=self._follow, name="controller", daemon=True)
@@ -43,7 +35,7 @@ class Controller:
         """Read once and apply."""
         try:
             models = self._read()
-        except self._failures as error:
+        except (MoestroError, OSError) as error:
             words = told(error)
             if words != self.trouble:
                 meanwhile = "traffic stays as it is" if self._fleet.known else "no model is served until it can"

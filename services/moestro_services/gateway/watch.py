@@ -75,21 +75,13 @@ class _Suspect:
 class Watch:
     """Hears of every answer (`answered`) and of every new table (`follow`), and rolls back, once per new version."""
 
-    def __init__(
-        self,
-        rule: RollbackRule,
-        roll_back: RollBack,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        failures: tuple[type[Exception], ...] = (),
-    ) -> None:
-        """`roll_back` is called in a thread of its own; `failures` are what it may raise beside `MoestroError`."""
+    def __init__(self, rule: RollbackRule, roll_back: RollBack, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`roll_back` is called in a thread of its own and may raise `MoestroError` and `OSError`."""
         self.rule = rule
         self.rollbacks: Counter[str] = Counter()
         """Automatic rollbacks by model."""
         self._roll_back = roll_back
         self._clock = clock
-        self._failures: tuple[type[Exception], ...] = (MoestroError, OSError, *failures)
         self._windows: dict[Key, Window] = {}
         self._suspects: dict[str, _Suspect] = {}
         self._champions: dict[str, str] = {}
@@ -215,7 +207,7 @@ class Watch:
         LOG.warning("Rolling %s back: %s", name, reason)
         try:
             changed = self._roll_back(name, suspect.version, reason)
-        except self._failures as error:
+        except (MoestroError, OSError) as error:
             LOG.warning("Rolling %s back failed: %s", name, told(error))
             suspect.acted = False
             return
