@@ -51,6 +51,10 @@ class BusyError(MoestroError):
     """Something exclusive is in use: another run on the same home, a port."""
 
 
+class ConflictError(MoestroError):
+    """What is asked for does not fit how things stand: a rollback where there is no version to go back to."""
+
+
 class StaleAttemptError(MoestroError):
     """An attempt at an artifact went on after a newer one had taken its place; it changes nothing any more."""
 

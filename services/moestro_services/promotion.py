@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moestro.artifacts import Artifact
-from moestro.errors import BusyError, GateError, InputError, MoestroError
+from moestro.errors import BusyError, ConflictError, GateError, InputError, MoestroError
 from moestro.registry import ModelChangedError, ModelRegistry, ModelVersion, RegisteredModel, Tracker
 from moestro.registry.model_versions import CHALLENGER, CHAMPION, PREVIOUS
 from moestro_flows.home import Home
@@ -92,8 +92,9 @@ class Promotions:
         it becomes @challenger and answers that much. What is the champion already stays it, and nothing changes.
 
         Raises `GateError` with the figures if it is worse than the champion and `force` gives no reason to promote it
-        all the same, `InputError` for a model, version or share that makes no sense, `ArtifactError` if its deployment
-        or checkpoint is missing or damaged, `BusyError` if others go on changing the model.
+        all the same, `InputError` for a model, version or share that makes no sense, `ConflictError` for a share where
+        there is no champion, `ArtifactError` if its deployment or checkpoint is missing or damaged, `BusyError` if
+        others go on changing the model.
         """
         with self._audited("promote", name, actor, asked=version, share=share, force=force) as entry:
             if share is not None and not 0 < share < 1:
@@ -120,7 +121,7 @@ class Promotions:
         places. Done again it goes forward again.
 
         With `version` only that version is rolled back: if it gets no traffic any more, nothing changes, so who
-        watches a version cannot roll back what somebody else has put in its place. Raises `InputError` if there is
+        watches a version cannot roll back what somebody else has put in its place. Raises `ConflictError` if there is
         nothing to go back to, `ArtifactError` if that is missing or damaged, `ModelChangedError` if somebody else
         changes the model meanwhile.
         """
@@ -151,7 +152,9 @@ class Promotions:
         if champion and champion.version == wanted.version:
             return self._already_champion(model, wanted, share)
         if share is not None and champion is None:
-            raise InputError(f"{model.name} has no champion to share requests with.", hint="Promote it to all of them.")
+            raise ConflictError(
+                f"{model.name} has no champion to share requests with.", hint="Promote it to all of them."
+            )
         refused = self._refusals(wanted, champion)
         entry["refused"] = refused
         if refused and not force:
@@ -194,13 +197,13 @@ class Promotions:
         if version and version not in {item.version for item in (canary, champion) if item}:
             return self._state(model, meant(model, version), model)
         if taken is None:
-            raise InputError(f"{model.name} has no champion.", hint="`moestro promote NAME@VERSION` makes one.")
+            raise ConflictError(f"{model.name} has no champion.", hint="`moestro promote NAME@VERSION` makes one.")
         if canary and version != (champion.version if champion else None):
             after = self._models.change(model.name, aliases={CHALLENGER: None}, canary_share=0.0, seen=model)
             return self._state(after, canary, model)
         previous = model.aliased(PREVIOUS)
         if champion is None or previous is None or previous == champion:
-            raise InputError(
+            raise ConflictError(
                 f"{model.name} has no version to go back to: nothing was promoted before @champion.",
                 hint="`moestro promote NAME@VERSION` gives any version the traffic.",
             )

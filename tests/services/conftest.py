@@ -34,7 +34,8 @@ class FixedUpstream:
     """An ASGI application that answers every completion with fixed bytes; prompts steer it.
 
     `wait`: never begins to answer; `endless`: streams until the client leaves; `break`: drops the connection midway;
-    `die`: drops it after the head of the answer; `fail`: a 500; `hold`: begins when `go` is set.
+    `die`: drops it after the head of the answer; `fail`: a 500; `hold`: begins when `go` is set; `begin CODE` and
+    `end CODE`: a stream that begins or ends with an error.
     """
 
     def __init__(self, fingerprint: str = "assistant@1") -> None:
@@ -89,7 +90,9 @@ class FixedUpstream:
     async def _stream(self, asked: dict[str, Any], receive: Receive, send: Send) -> None:
         prompt = asked["prompt"]
         await send(_start(200, b"text/event-stream; charset=utf-8"))
-        for event in self.events:
+        when, _, code = prompt.partition(" ")
+        error = b'data: {"error": {"message": "no", "type": "", "param": null, "code": %s}}\n\n' % code.encode()
+        for event in (error,) if when == "begin" else (*self.events, error) if when == "end" else self.events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         if prompt == "endless":
             self.began.set()

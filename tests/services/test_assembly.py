@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from moestro.errors import ResourceError
 from moestro.registry.model_versions import RegisteredModel
 from moestro_flows.home import Home
 from moestro_services.gateway.assembly import Policy, assembled
@@ -33,6 +34,17 @@ class FixedSource:
 
     def read(self) -> Sequence[RegisteredModel]:
         return [self._served]
+
+
+class LateSource(FixedSource):
+    """A registry that cannot be read at first."""
+
+    away = True
+
+    def read(self) -> Sequence[RegisteredModel]:
+        if self.away:
+            raise ResourceError("MLflow is away.")
+        return super().read()
 
 
 class Whole:
@@ -64,6 +76,32 @@ def whole(tmp_path: Path, models: Any) -> Iterator[Whole]:
         yield made
         for client in made.clients.values():
             client.close()
+
+
+def test_models_are_taken_up_once_the_registry_answers(
+    tmp_path: Path, models: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = Home(tmp_path)
+    source = LateSource(home, models)
+    with (
+        gateway(home, source, Address(), say=lambda _: None) as running,
+        httpx.Client(base_url=running.url, timeout=WAIT) as client,
+    ):
+        for refused in (client.post("/v1/completions", json=ASK), client.get("/v1/models")):
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+            assert "registry did not answer" in refused.json()["error"]["message"]
+        assert (client.get("/ready").status_code, client.get("/ready").json()["ready"]) == (503, False)
+        assert client.get("/health").status_code == 200
+        assert "moestro_registry_up 0.0" in client.get("/metrics").text
+        assert "no model is served until it can: MLflow is away." in caplog.text
+
+        source.away = False
+        running.fleet.kick()
+        running.wait_until_ready()
+        assert client.post("/v1/completions", json=ASK).status_code == 200
+        assert client.get("/ready").status_code == 200
+        assert "moestro_registry_up 1.0" in client.get("/metrics").text
+        assert "can be read again" in caplog.text
 
 
 def test_the_description_is_complete(tmp_path: Path, models: Any) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moestro.errors import ConfigError, GateError, LostWorkerError, MoestroError, ResourceError
+from moestro.errors import ConfigError, ConflictError, GateError, LostWorkerError, MoestroError, ResourceError
 from moestro.registry import ModelChangedError
 from moestro_services.gateway.errors import api_error
 
@@ -12,6 +12,7 @@ from moestro_services.gateway.errors import api_error
     [
         (ModelChangedError("Somebody else changed it."), 409),
         (GateError("It is worse."), 409),
+        (ConflictError("There is nothing to go back to."), 409),
         (ResourceError("MLflow cannot be reached."), 503),
         (LostWorkerError("Its machine is gone."), 503),
         (ConfigError("Unknown field."), 400),

@@ -21,14 +21,17 @@ from moestro_services.gateway.launch import Address, ask, gateway
 from moestro_services.gateway.limits import Limits
 from moestro_services.gateway.listening import listen, serving
 from moestro_services.gateway.replica import Backoff
-from moestro_services.gateway.sources import Fixed, Registered
+from moestro_services.gateway.sources import Fixed, Registered, chosen
 
 
 def app_of(home: Home, fleet: Fleet | None = None, keys: KeyRing | None = None) -> FastAPI:
     def door(app: Any, traffic: Any) -> Any:
         return Door(app, keys=keys, limits=Limits(), counted=traffic.refused)
 
-    return create_app(Parts(home=home, fleet=fleet or Fleet(Registered(home, tuple).open), wraps=(door,)))
+    if fleet is None:
+        fleet = Fleet(Registered(home, tuple).open)
+        fleet.apply([])
+    return create_app(Parts(home=home, fleet=fleet, wraps=(door,)))
 
 
 @pytest.fixture
@@ -111,6 +114,18 @@ def test_with_keys_only_probes_are_open(built_home: Home) -> None:
             assert client.get(path, headers={"Authorization": f"Bearer {secret}"}).status_code == 200
         assert client.get("/health").status_code == 200
         assert client.get("/ready").status_code == 200
+
+
+def test_without_the_registry_artifacts_are_served_and_names_waited_for(
+    built_home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert isinstance(chosen(built_home, ["deploy"]), Fixed)
+    for names in ([], ["assistant"], ["assistant", "other"]):
+        waiting = chosen(built_home, names)
+        assert isinstance(waiting, Registered)
+        with pytest.raises(ResourceError, match="cannot be reached"):
+            waiting.read()
 
 
 def test_a_port_in_use_is_refused_before_vllm_starts(built_home: Home) -> None:

@@ -149,11 +149,12 @@ def test_a_canary_that_fails_is_rolled_back_by_itself(
 ) -> None:
     rolled = threading.Event()
 
-    def roll_back(name: str, version: str, reason: str) -> None:
+    def roll_back(name: str, version: str, reason: str) -> bool:
         assert (name, version) == ("assistant", "2")
         assert "version 2 failed" in reason
         fleet.apply([models.model(champion="1")])
         rolled.set()
+        return True
 
     watch = Watch(RollbackRule(min_requests=10), roll_back, clock=lambda: 0.0)
     fleet.watchers.append(watch.follow)
@@ -173,12 +174,16 @@ def test_a_canary_that_fails_is_rolled_back_by_itself(
 class Heard:
     """A `Watch` that keeps what it hears."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, streams: bool = False) -> None:
+        self.streams = streams
         self.rollbacks: Counter[str] = Counter()
         self.seen: Counter[tuple[str, str, bool]] = Counter()
 
-    def answered(self, name: str, version: str, *, failed: bool, streamed: bool, seconds: float | None) -> None:
-        assert not streamed
+    def answered(
+        self, name: str, version: str, *, caller: str, failed: bool, streamed: bool, seconds: float | None
+    ) -> None:
+        assert caller == "local"
+        assert streamed is self.streams
         assert failed or seconds is not None
         self.seen[name, version, failed] += 1
 
@@ -199,3 +204,18 @@ def test_what_a_lost_process_leaves_unanswered_is_its_failure_and_a_4xx_nobodys(
         assert client.post("/v1/completions", json=ASK | {"model": "assistant@1"}).status_code == 503
         server.may_start.set()
     assert heard.seen == {("assistant", "1", False): 1, ("assistant", "1", True): 1}
+
+
+@pytest.mark.parametrize("when", ["begin", "end"])
+@pytest.mark.parametrize(
+    ("code", "failed"), [("400", None), ("422", None), ("500", True), ("503", True), ("null", True), ('"odd"', True)]
+)
+def test_an_error_within_a_stream_counts_as_one_outside(
+    tmp_path: Path, fleet: Fleet, when: str, code: str, failed: bool | None
+) -> None:
+    heard: Any = Heard(streams=True)
+    parts = Parts(home=Home(tmp_path), fleet=fleet, watch=heard)
+    with serving(create_app(parts), listen("127.0.0.1", 0)) as url:
+        answer = httpx.post(url + "/v1/completions", json=ASK | {"stream": True, "prompt": f"{when} {code}"})
+    assert (answer.status_code, b'"error"' in answer.content) == (200, True)
+    assert heard.seen == ({} if failed is None else {("assistant", "1", failed): 1})

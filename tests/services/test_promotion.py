@@ -11,7 +11,7 @@ import pytest
 
 from moestro.artifacts import Artifact, Record
 from moestro.deployment import comparison
-from moestro.errors import ArtifactError, BusyError, GateError, InputError
+from moestro.errors import ArtifactError, BusyError, ConflictError, GateError, InputError
 from moestro.registry import ModelChangedError, ModelRegistry
 from moestro_flows.home import Home
 from moestro_services.promotion import ATTEMPTS, FORCED_TAG, Promotions
@@ -165,8 +165,10 @@ def test_a_canary_gets_its_share_and_is_ended_by_rollback_or_promotion(desk: Des
     assert desk.promote("2", share=0.5).canary_share == 0.5
     done = desk.rollback()
     assert (done.version, dict(done.aliases), done.canary_share) == ("2", {"champion": "1"}, 0.0)
-    with pytest.raises(InputError, match="no version to go back to"):
+    with pytest.raises(ConflictError, match="no version to go back to") as refused:
         desk.rollback()
+    assert "moestro promote NAME@VERSION" in refused.value.hint
+    assert (desk.audit.last["outcome"], desk.audit.last["error"]) == ("refused", "ConflictError")
     desk.promote("3", share=0.25)
     desk.register(deploying("d"))
     assert desk.state == ({"champion": "1", "challenger": "3"}, 0.25)
@@ -311,7 +313,6 @@ MISTAKES: list[tuple[Callable[[Desk], object], str, str]] = [
     (lambda desk: desk.promotions.delete("assistant", "9", actor="t"), "no version or alias '9'", "versions 2, 1"),
     (lambda desk: desk.promotions.delete("assistant", "champion", actor="t"), "@champion is an alias", "number"),
     (lambda desk: desk.rollback(version="9"), "no version or alias '9'", ""),
-    (lambda desk: desk.rollback(), "no version to go back to", "promote"),
 ]
 
 
@@ -329,9 +330,9 @@ def test_what_makes_no_sense_names_what_would_and_is_written_down(desk: Desk, de
 def test_a_canary_needs_a_champion(desk: Desk, deploying: Deploying) -> None:
     desk.register(deploying("a"), deploying("b"))
     desk.models.change("assistant", aliases={"champion": None})
-    with pytest.raises(InputError, match="no champion to share"):
+    with pytest.raises(ConflictError, match="no champion to share"):
         desk.promote("2", share=0.1)
-    with pytest.raises(InputError, match="has no champion"):
+    with pytest.raises(ConflictError, match="has no champion"):
         desk.rollback()
     assert dict(desk.promote().aliases) == {"champion": "2"}
 

@@ -1,7 +1,8 @@
 """A canary or new champion that does worse is rolled back, once; what does as well, or is not new, stays."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from moestro.errors import BusyError
 from moestro_services.gateway.fleet import Fleet
 from moestro_services.gateway.replica import Backoff
 from moestro_services.gateway.watch import RollbackRule, Watch
+from moestro_services.gateway.watch_window import LONGEST_WINDOW
 
 RULE = RollbackRule(min_requests=20, max_error_excess=0.1, max_latency_ratio=2.0, latency_slack_seconds=0.05)
 
@@ -21,20 +23,26 @@ class Rolled:
         self.heard: list[tuple[str, str]] = []
         self.changed = threading.Condition()
         self.busy = 0
+        self.changes = True
+        self.threads: list[threading.Thread] = []
 
-    def __call__(self, name: str, version: str, reason: str) -> None:
+    def __call__(self, name: str, version: str, reason: str) -> bool:
         assert version == "2"
         with self.changed:
             self.heard.append((name, reason))
+            self.threads.append(threading.current_thread())
             self.changed.notify_all()
             if self.busy:
                 self.busy -= 1
                 raise BusyError("Somebody promotes.")
+        return self.changes
 
     def times(self, count: int) -> None:
         with self.changed:
             assert self.changed.wait_for(lambda: len(self.heard) >= count, 30)
             assert len(self.heard) == count
+        for thread in self.threads:
+            thread.join(30)
 
 
 class Scene:
@@ -57,11 +65,28 @@ class Scene:
         if share:
             assert self.fleet.wait_for(lambda fleet: fleet.table["assistant"].canary_share == share, 30)
 
-    def answers(self, version: str, count: int, *, failed: int = 0, ms: float = 20, streamed: bool = False) -> None:
+    def answers(
+        self,
+        version: str,
+        count: int,
+        *,
+        failed: int = 0,
+        ms: float = 20,
+        streamed: bool = False,
+        callers: Sequence[str] = ("ann", "bob", "cy"),
+    ) -> None:
+        """So many answers to `callers` in turn."""
         for number in range(count):
             self.now += 0.1
             bad = number * failed % count < failed  # spread evenly
-            self.watch.answered("assistant", version, failed=bad, streamed=streamed, seconds=None if bad else ms / 1000)
+            self.watch.answered(
+                "assistant",
+                version,
+                caller=callers[number % len(callers)],
+                failed=bad,
+                streamed=streamed,
+                seconds=None if bad else ms / 1000,
+            )
 
 
 @pytest.fixture
@@ -83,6 +108,77 @@ def test_a_canary_that_fails_is_rolled_back_once(scene: Scene) -> None:
     assert scene.rolled.heard[0][0] == "assistant"
     assert "requests to version 2 failed" in scene.rolled.heard[0][1]
     assert scene.watch.rollbacks == {"assistant": 1}
+
+
+def test_one_caller_alone_rolls_nothing_back(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("2", 30)
+    scene.answers("2", 300, failed=300, callers=["mal"])
+    scene.answers("2", 300, ms=5000, callers=["mal"])
+    scene.answers("1", 100)
+    scene.answers("2", 300, ms=5000, callers=["mal"])
+    assert scene.rolled.heard == []
+
+
+@pytest.mark.parametrize(("failed", "rolled"), [(2, False), (3, True)])
+def test_what_one_caller_sees_is_borne_out_by_failures_of_others(scene: Scene, failed: int, rolled: bool) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("1", 20)
+    scene.answers("2", 5, failed=failed, callers=["bob"])
+    scene.answers("2", 100, failed=100, callers=["ann"])
+    if rolled:
+        scene.rolled.times(1)
+    assert bool(scene.rolled.heard) is rolled
+
+
+def test_slowness_that_one_caller_sees_is_borne_out_by_others(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("1", 50)
+    scene.answers("2", 50, ms=500, callers=["ann"])
+    assert scene.rolled.heard == []
+    scene.answers("2", 2, ms=500, callers=["bob"])
+    assert scene.rolled.heard == []
+    scene.answers("2", 20, ms=500, callers=["bob"])
+    scene.rolled.times(1)
+
+
+def test_where_there_is_one_caller_its_word_counts(scene: Scene) -> None:
+    scene.answers("1", 50, callers=["local"])
+    scene.registry(champion="2", previous="1")
+    scene.answers("2", 20, failed=20, callers=["local"])
+    scene.rolled.times(1)
+
+
+def test_who_comes_first_waits_for_those_who_asked_the_predecessor(scene: Scene) -> None:
+    scene.answers("1", 50)
+    scene.registry(champion="2", previous="1")
+    scene.answers("2", 100, failed=100, callers=["mal"])
+    assert scene.rolled.heard == []
+    scene.answers("2", 30, callers=["bob"])
+    scene.now += RULE.window_seconds - 20
+    scene.answers("2", 100, failed=100, callers=["mal"])
+    assert scene.rolled.heard == []
+
+
+def test_whom_nobody_joins_in_a_whole_window_is_believed(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.now += RULE.window_seconds / 2
+    scene.answers("1", 50)
+    scene.answers("2", 50, failed=50, callers=["ann"])
+    assert scene.rolled.heard == []
+    scene.now += RULE.window_seconds / 2
+    scene.answers("1", 50)
+    scene.answers("2", 50, failed=50, callers=["ann"])
+    scene.rolled.times(1)
+
+
+def test_a_flood_does_not_wash_others_away(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.now += RULE.window_seconds
+    scene.watch.rule = replace(RULE, window_seconds=LONGEST_WINDOW / 4)
+    scene.answers("2", 10, callers=["bob"])
+    scene.answers("2", LONGEST_WINDOW + 10, failed=LONGEST_WINDOW + 10, callers=["mal"])
+    assert scene.rolled.heard == []
 
 
 def test_what_fails_on_both_sides_is_nobodys_fault(scene: Scene) -> None:
@@ -155,6 +251,14 @@ def test_a_rollback_that_fails_is_tried_again(scene: Scene) -> None:
     scene.rolled.times(2)
 
 
+def test_a_rollback_that_found_nothing_to_change_is_not_counted(scene: Scene) -> None:
+    scene.rolled.changes = False
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("2", 20, failed=20)
+    scene.rolled.times(1)
+    assert scene.watch.rollbacks == {}
+
+
 def test_the_first_champion_and_old_challengers_are_not_judged(scene: Scene) -> None:
     scene.answers("1", 50, failed=50)
     scene.registry(champion="1", challenger="2")
@@ -178,6 +282,56 @@ def test_a_canary_that_is_lost_again_and_again_is_rolled_back(scene: Scene) -> N
         assert server.starts == starts
     scene.answers("2", 1, failed=1)
     scene.rolled.times(1)
+
+
+def lose(scene: Scene, times: int) -> None:
+    """The process of version 2 ends so often, and is back each time."""
+    (before,) = (state.restarts for state in scene.fleet.replicas() if state.version == "2")
+    for restarts in range(before + 1, before + 1 + times):
+        scene.servers["2"].gone.set()
+
+        def back(fleet: Fleet, restarts: int = restarts) -> bool:
+            states = [state for state in fleet.replicas() if state.version == "2"]
+            return [(state.state, state.restarts) for state in states] == [("serving", restarts)]
+
+        assert scene.fleet.wait_for(back, 30)
+
+
+def test_a_canary_that_nobody_asks_and_that_only_crashes_is_ended(scene: Scene) -> None:
+    scene.registry(0.2, champion="1", challenger="2")
+    lose(scene, RULE.max_restarts - 1)
+    assert scene.rolled.heard == []
+    lose(scene, 1)
+    scene.rolled.times(1)
+    assert "was started again 3 times" in scene.rolled.heard[0][1]
+    assert scene.watch.rollbacks == {"assistant": 1}
+
+
+def test_a_canary_that_never_starts_is_ended(scene: Scene) -> None:
+    scene.servers["2"].refusals = RULE.max_restarts
+    scene.fleet.apply([scene.models.model(0.2, champion="1", challenger="2")])
+    scene.rolled.times(1)
+
+
+def test_crashes_before_the_canary_and_of_others_count_for_nothing(scene: Scene) -> None:
+    scene.registry(champion="1", challenger="2")
+    assert scene.fleet.wait_for(lambda fleet: all(state.state == "serving" for state in fleet.replicas()), 30)
+    lose(scene, RULE.max_restarts)
+    scene.registry(0.2, champion="1", challenger="2")
+    lose(scene, RULE.max_restarts - 1)
+    scene.registry(champion="2", previous="1")
+    lose(scene, RULE.max_restarts)
+    assert scene.rolled.heard == []
+
+
+def test_a_canary_is_not_judged_by_what_was_asked_while_it_started(scene: Scene) -> None:
+    scene.servers["2"].may_start.clear()
+    scene.fleet.apply([scene.models.model(0.2, champion="1", challenger="2")])
+    scene.answers("2", 50, failed=50)
+    scene.servers["2"].may_start.set()
+    assert scene.fleet.wait_for(lambda fleet: fleet.table["assistant"].canary_share == 0.2, 30)
+    scene.answers("2", 50)
+    assert scene.rolled.heard == []
 
 
 def test_a_canary_that_is_lost_and_then_ended_is_none(scene: Scene) -> None:

@@ -98,8 +98,8 @@ def in_flight(fleet: Fleet, deployment: Deployment) -> int:
 
 
 def _watch(rule: RollbackRule | None, promotions: Promotions) -> Watch | None:
-    def roll_back(name: str, version: str, reason: str) -> None:
-        promotions.rollback(name, reason=reason, actor=ACTOR, version=version)
+    def roll_back(name: str, version: str, reason: str) -> bool:
+        return promotions.rollback(name, reason=reason, actor=ACTOR, version=version).changed
 
     return Watch(rule, roll_back) if rule else None
 

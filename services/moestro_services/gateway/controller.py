@@ -17,23 +17,16 @@ Read = Callable[[], Sequence[RegisteredModel]]
 class Controller:
     """Applies what `read` says, about every second and whenever the fleet is kicked, while in its block.
 
-    If reading fails, the fleet stays as it is; what went wrong is logged when it begins and when it is other.
+    If reading fails, the fleet stays as it is, and knows no model if it never succeeded; what went wrong is logged when
+    it begins and when it is other.
     """
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        read: Read,
-        *,
-        failures: tuple[type[Exception], ...] = (),
-        poll_seconds: float = POLL_SECONDS,
-    ) -> None:
-        """`failures` are what `read` may raise beside `MoestroError` and `OSError`."""
+    def __init__(self, fleet: Fleet, read: Read, *, poll_seconds: float = POLL_SECONDS) -> None:
+        """`read` may raise `MoestroError` and `OSError`."""
         self.trouble = ""
         """Why the registry cannot be read; empty while it can."""
         self._fleet = fleet
         self._read = read
-        self._failures: tuple[type[Exception], ...] = (MoestroError, OSError, *failures)
         self._poll_seconds = poll_seconds
         self._ending = False
         self._thread = threading.Thread(target=self._follow, name="controller", daemon=True)
@@ -42,15 +35,18 @@ class Controller:
         """Read once and apply."""
         try:
             models = self._read()
-        except self._failures as error:
+        except (MoestroError, OSError) as error:
             words = told(error)
             if words != self.trouble:
-                LOG.warning("The model registry cannot be read; traffic stays as it is: %s", words)
+                meanwhile = "traffic stays as it is" if self._fleet.known else "no model is served until it can"
+                LOG.warning("The model registry cannot be read; %s: %s", meanwhile, words)
             self.trouble = words
+            self._fleet.registry_up = False
             return
         if self.trouble:
             LOG.warning("The model registry can be read again.")
         self.trouble = ""
+        self._fleet.registry_up = True
         self._fleet.apply(models)
 
     def __enter__(self) -> "Controller":

@@ -10,7 +10,6 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moestro.errors import ConfigError
@@ -26,7 +25,7 @@ from moestro_services.gateway.access import (
 )
 from moestro_services.gateway.caller import CALLER, LOCAL, Caller
 from moestro_services.gateway.caller import Scope as KeyScope
-from moestro_services.gateway.errors import openai_error, refusal
+from moestro_services.gateway.errors import refusal
 from moestro_services.gateway.keys import Key, KeyRing
 from moestro_services.gateway.limits import CODE, Clock, Limits, Meter, Meters, OverLimitError
 
@@ -162,7 +161,7 @@ class Door:
         late = refused.reason in (Reason.BODY_TIME, Reason.TIME)
         sending = not late and _sends_much(scope)
         headers = refused.headers | ({"connection": "close"} if sending else {})
-        response = _worded(scope["path"], refused, headers)
+        response = refusal(scope["path"], refused.status, refused.message, headers, code=refused.code)
         if not sending:
             await response(scope, receive, answer)
             return
@@ -255,10 +254,3 @@ async def _drain(receive: Receive) -> None:
         async with asyncio.timeout(LINGER_SECONDS):
             while (message := await receive())["type"] == "http.request" and message.get("more_body"):
                 pass
-
-
-def _worded(path: str, refused: RefusedError, headers: dict[str, str]) -> JSONResponse:
-    """The refusal in the words of the API that `path` lies in."""
-    if path == "/v1" or path.startswith("/v1/"):
-        return openai_error(refused.status, refused.message, code=refused.code, headers=headers)
-    return refusal(path, refused.status, refused.message, headers)

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
 
-from moestro.errors import ArtifactError, BusyError, GateError, InputError, MoestroError, ResourceError
+from moestro.errors import ArtifactError, BusyError, ConflictError, GateError, InputError, MoestroError, ResourceError
 
 RETRY_AFTER_SECONDS = "5"
 STATUS: dict[type[MoestroError], int] = {
     ArtifactError: 404,
     InputError: 404,
     BusyError: 409,
+    ConflictError: 409,
     GateError: 409,
     ResourceError: 503,
 }
@@ -58,6 +59,11 @@ class UnavailableError(Refused):
         """The version that should have answered, where no process was asked."""
 
 
+def in_v1(path: str) -> bool:
+    """Whether `path` lies in the part of the API that is OpenAI's."""
+    return path == "/v1" or path.startswith("/v1/")
+
+
 def openai_error(
     status: int, message: str, *, code: str = "", param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
@@ -75,9 +81,11 @@ def api_error(error: MoestroError) -> JSONResponse:
     return JSONResponse({"error": body}, status_code=status, headers=headers)
 
 
-def refusal(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """A refusal in the words of the part of the API that `path` lies in."""
-    if path.startswith("/v1/"):
-        return openai_error(status, message, headers=headers)
+def refusal(
+    path: str, status: int, message: str, headers: Mapping[str, str] | None = None, *, code: str = ""
+) -> JSONResponse:
+    """A refusal in the words of the part of the API that `path` lies in; `code` is OpenAI's."""
+    if in_v1(path):
+        return openai_error(status, message, code=code, headers=headers)
     body = {"kind": "HTTPError", "message": message, "hint": ""}
     return JSONResponse({"error": body}, status_code=status, headers=dict(headers or {}))

@@ -5,12 +5,10 @@ clean 503. A client that leaves cancels the request at the server at once.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 import aiohttp
 from starlette.types import Message, Receive, Send
@@ -18,7 +16,7 @@ from starlette.types import Message, Receive, Send
 from moestro_services.gateway.errors import UnavailableError, openai_error
 from moestro_services.gateway.replica import Endpoint, Replica
 from moestro_services.gateway.upstream import LOST, Upstream
-from moestro_services.gateway.usage import FAILED_EVENT, StreamUsage, Usage, read_usage
+from moestro_services.gateway.usage import FAILED, FAILED_EVENT, StreamUsage, Usage, error_status, read_usage
 
 RESPONSE_HEADERS = ("content-type", "content-length", "content-encoding", "cache-control", "retry-after")
 EVENT_STREAM = "text/event-stream"
@@ -70,7 +68,7 @@ class Outcome:
     failed: bool = False
     """Whether the server is to blame."""
     mistaken: bool = False
-    """Whether the client is: the server's own 4xx."""
+    """Whether the client is: the server's own 4xx, also as an event of a stream."""
     streamed: bool = False
     seconds: float | None = None
     """Until the first byte."""
@@ -108,13 +106,13 @@ class Exchange:
         """The first bytes of an answer that may be passed on."""
         try:
             first: bytes = await response.content.readany()
-            broken = response.status >= 500 or (first.startswith(FAILED_EVENT) and _failed(first))
+            broken = max(response.status, error_status(first) if first.startswith(FAILED_EVENT) else 0) >= FAILED
             if response.status == 401 or (broken and not await self._upstream.healthy(self._endpoint)):
                 raise self._refuse(response.status)
         except LOST as error:
             raise self._lost(error) from None
         self.outcome.failed = broken
-        self.outcome.mistaken = 400 <= response.status < 500
+        self.outcome.mistaken = 400 <= response.status < FAILED
         self.outcome.streamed = response.content_type == EVENT_STREAM
         return first
 
@@ -141,7 +139,8 @@ class Exchange:
         finally:
             if counted:
                 self.outcome.usage = counted.usage()
-                self.outcome.failed |= counted.failed
+                self.outcome.failed |= counted.error >= FAILED
+                self.outcome.mistaken |= 400 <= counted.error < FAILED
             elif response.status == 200:
                 self.outcome.usage = read_usage(b"".join(kept)) or Usage()
 
@@ -163,17 +162,6 @@ def _start(response: aiohttp.ClientResponse) -> Message:
     found = response.headers
     kept = [(name.encode(), found[name].encode("latin-1")) for name in RESPONSE_HEADERS if name in found]
     return {"type": "http.response.start", "status": response.status, "headers": kept}
-
-
-def _failed(event: bytes) -> bool:
-    """Whether a stream begins with the news that the server failed, and not that the request was wrong."""
-    try:
-        told: Any = json.loads(event.removeprefix(b"data: ").partition(b"\n")[0])
-    except ValueError:
-        return True
-    error = told["error"] if isinstance(told, dict) else None
-    code = error.get("code") if isinstance(error, dict) else None
-    return not isinstance(code, int) or code >= 500
 
 
 def _error_event(lost: UnavailableError, before: bytes) -> bytes:

@@ -59,11 +59,13 @@ class Fleet:
         """How often a model's champion changed, by name."""
         self.watchers: list[Callable[[Table], None]] = []
         """Called with every new table, in order."""
+        self.registry_up = False
+        """Whether the model registry could be read when it was asked last; `Controller` says so."""
         self._opener = opener
         self._backoff = backoff or Backoff()
         self._drain_seconds = drain_seconds
         self._make = make
-        self._models: tuple[RegisteredModel, ...] = ()
+        self._models: tuple[RegisteredModel, ...] | None = None
         self._table: Table = MappingProxyType({})
         self._replicas: dict[Key, Replica] = {}
         self._leaving: dict[Key, Replica] = {}
@@ -75,11 +77,27 @@ class Fleet:
         """Who answers for which name now."""
         return self._table
 
+    @property
+    def known(self) -> bool:
+        """Whether it was ever said what is to be served. Until then nothing is told of any model."""
+        return self._models is not None
+
+    @property
+    def all_answer(self) -> bool:
+        """Whether it is known what is to be served, and every model's champion answers."""
+        return self.known and all(self.ready.values())
+
+    def check_known(self) -> None:
+        """Raise `UnavailableError` while nothing is known of any model."""
+        if not self.known:
+            raise UnavailableError("Nothing is known of any model yet: the model registry did not answer so far.")
+
     def target(self, model: str, sticky: str) -> Replica:
         """The replica that answers `model`: a name, `name@alias` or `name@version`; `sticky` decides about canaries.
 
         Raises `UnknownModelError` or `UnavailableError`.
         """
+        self.check_known()
         return resolve(self._table, model, sticky)
 
     def enter(self, model: str, sticky: str) -> tuple[Replica, Endpoint]:
@@ -171,7 +189,7 @@ class Fleet:
         """Start what is wanted, move names to what answers, let go of what nobody is sent to."""
         with self._lock:
             if not self._closed:
-                before, table = self._table, {model.name: self._route(model) for model in self._models}
+                before, table = self._table, {model.name: self._route(model) for model in self._models or ()}
                 self._table = MappingProxyType(table)
                 used = {replica for route in table.values() for replica in route.versions.values()}
                 for key, replica in list(self._replicas.items()):
@@ -214,12 +232,14 @@ class Fleet:
             if not keep and wanted.serving:
                 moved.add(alias)
         used = dict.fromkeys((*wanted_now, *aliases.values()))
+        challenger = model.aliased(CHALLENGER)
         return Route(
             name=model.name,
             aliases=MappingProxyType(aliases),
             versions=MappingProxyType({replica.version.version: replica for replica in used}),
             registered=frozenset(version.version for version in model.versions),
             canary_share=model.canary_share if CHALLENGER in moved else 0.0,
+            canary=self._replica(challenger) if challenger and model.canary_share else None,
         )
 
     def _tell(self, before: Table) -> None:

@@ -137,11 +137,6 @@ class KeyRing:
                 key = revoked
         return key
 
-    def find(self, secret: str) -> Key | None:
-        """The live key with this secret."""
-        key = self.known(secret)
-        return key if key is not None and key.live else None
-
     def known(self, secret: str) -> Key | None:
         """The key with this secret, also if it was revoked. Its time does not tell which keys there are.
 

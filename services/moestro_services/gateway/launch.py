@@ -41,8 +41,8 @@ class Running:
     fleet: Fleet
 
     def wait_until_ready(self) -> None:
-        """Wait until every model's champion answers, however often it must be started."""
-        self.fleet.wait_for(lambda fleet: all(fleet.ready.values()))
+        """Wait until every model's champion answers, however often it, or the registry, must be tried."""
+        self.fleet.wait_for(lambda fleet: fleet.all_answer)
 
     def wait_for_first_starts(self) -> None:
         """Wait until every model's champion answers; raises `ResourceError` as soon as one cannot be started."""
@@ -55,7 +55,8 @@ class Running:
 def gateway(home: Home, source: Source, at: Address, *, say: Say, policy: Policy | None = None) -> Iterator[Running]:
     """The gateway before the servers of what `source` names, while in the block.
 
-    It answers at once, with 503 for models whose servers are still starting. Raises `BusyError` if the port is in
+    It answers at once, with 503 for models whose servers are still starting, and for all while `source` cannot be read.
+    Raises `BusyError` if the port is in
     use, before anything is started, and `ConfigError` for a host beyond loopback without a key.
     """
     policy = policy or Policy(keys=None)

@@ -114,7 +114,7 @@ def _add_traffic(router: APIRouter, parts: ManagementParts) -> None:
 
     @router.post("/models/{name}/rollback", operation_id="roll_back", tags=["models"], responses=changing)
     def rollback(name: Name, caller: Admin, wanted: RollbackRequest | None = None) -> PromotionResult:
-        """End a canary, or else give the traffic back to the version before the champion."""
+        """End a canary, or else give the traffic back to the version before the champion; 409 if there is none."""
         reason = wanted.reason if wanted else ""
         return _result(parts.promotions.rollback(name, reason=reason, actor=caller.id))
 

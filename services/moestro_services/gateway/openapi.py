@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
+from moestro_services.gateway.errors import in_v1
 from moestro_services.gateway.lifecycles_schemas import LifecycleEvent
 from moestro_services.gateway.openapi_v1 import REQUESTS, STREAM_EXAMPLE, OpenAIError
 from moestro_services.gateway.schemas import ErrorResponse
@@ -50,7 +51,7 @@ REASONS = {
     403: "The key has not the scope.",
     404: "There is no such thing.",
     408: "The body did not come in time.",
-    409: "Something is in the way, such as a lifecycle that is running, or a gate refuses.",
+    409: "Something is in the way: a lifecycle that runs, nothing to roll back to, a gate that refuses.",
     413: "The body is too large.",
     429: "The key's limit is reached.",
     503: "For now nothing can be done about it; ask again.",
@@ -168,7 +169,7 @@ def _add_refusals(path: str, operation: Operation) -> None:
     if path in OPEN_PATHS:
         operation["security"] = []
         return
-    kind = OpenAIError if path.startswith("/v1") else ErrorResponse
+    kind = OpenAIError if in_v1(path) else ErrorResponse
     further = (404, 409) if path in REQUESTS else (404,) if path == "/v1/models/{model}" else ()
     for status in (*DOOR, *further):
         responses.setdefault(str(status), {})

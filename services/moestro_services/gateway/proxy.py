@@ -71,17 +71,19 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         headers = Headers(scope=scope)
+        caller: Caller = scope.get(CALLER, LOCAL)
         try:
             raw = await read_body(headers, receive, self._max_body_bytes)
             if raw is None:
                 return
             body = parsed(raw)
             scope[MODEL] = name_in(self._fleet.table, body["model"])
-            caller: Caller = scope.get(CALLER, LOCAL)
             replica, endpoint = self._fleet.enter(body["model"], sticky(headers, body, caller))
         except Refused as refused:
-            if self._watch and isinstance(refused, UnavailableError):
-                self._watch.answered(scope[MODEL], refused.version, failed=True, streamed=False, seconds=None)
+            if self._watch and isinstance(refused, UnavailableError) and refused.version:
+                self._watch.answered(
+                    scope[MODEL], refused.version, caller=caller.id, failed=True, streamed=False, seconds=None
+                )
             await self._refuse(refused, scope, receive, send)
             return
         deployment = replica.deployment
@@ -127,6 +129,7 @@ class Proxy:
             self._watch.answered(
                 deployment.name,
                 replica.version.version,
+                caller=scope.get(CALLER, LOCAL).id,
                 failed=outcome.failed,
                 streamed=outcome.streamed,
                 seconds=outcome.seconds,

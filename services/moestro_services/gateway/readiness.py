@@ -31,7 +31,7 @@ class Readiness(Config):
     """Which models answer."""
 
     ready: bool
-    """Whether all do."""
+    """Whether all do, and it is known which there are."""
     models: dict[str, bool]
     """Whether each model's champion answers."""
     versions: tuple[VersionState, ...] = ()
@@ -52,11 +52,15 @@ def readiness(fleet: Fleet) -> Readiness:
         )
         for replica in fleet.replicas()
     )
-    return Readiness(ready=all(models.values()), models=models, versions=versions)
+    return Readiness(ready=fleet.all_answer, models=models, versions=versions)
 
 
 def cards(fleet: Fleet) -> tuple[ModelCard, ...]:
-    """All names that may be asked for: of each model the bare one, its aliases and its versions."""
+    """All names that may be asked for: of each model the bare one, its aliases and its versions.
+
+    Raises `UnavailableError` while nothing is known of any.
+    """
+    fleet.check_known()
     return tuple(card for route in fleet.table.values() for card in _cards(route))
 
 

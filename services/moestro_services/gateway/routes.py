@@ -30,6 +30,8 @@ class Route:
     """Version numbers that there are."""
     canary_share: float
     """Share of the bare name's requests that the challenger answers."""
+    canary: Replica | None
+    """Who is to answer a share, whether it answers now or not."""
 
     @property
     def champion(self) -> Replica | None:

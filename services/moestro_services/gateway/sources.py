@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moestro.artifacts import Artifact
-from moestro.errors import ArtifactError, InputError
+from moestro.errors import ArtifactError, InputError, ResourceError
 from moestro.inference.server import ServerConfig, VllmServer
 from moestro.registry import ModelRegistry
 from moestro.registry.model_versions import CHAMPION, ModelVersion, RegisteredModel
@@ -109,16 +109,31 @@ def chosen(home: Home, references: Sequence[str], settings: ServerSettings | Non
     """What is to be served: the registered models of these names, all of them if there are no names, or the one
     deployment that a folder or the beginning of a fingerprint means; the newest where nothing is registered.
 
-    Raises `ArtifactError` or `InputError` if there is no such thing, `ResourceError` if MLflow cannot be reached.
+    If MLflow cannot be reached, what is no artifact of this home is taken for registered models, which are served as
+    soon as it answers. Raises `ArtifactError` or `InputError` if there is no such thing.
     """
     registry = ModelRegistry(home.mlflow_uri, home.mlflow_files)
-    names = {model.name for model in registry.models()}
+    try:
+        names = {model.name for model in registry.models()}
+    except ResourceError:
+        found = _artifact(home, references)
+        if found is not None:
+            return Fixed(home, found, settings)
+        return Registered(home, registry.models, names=references, settings=settings)
     if names and names.issuperset(references):
         return Registered(home, registry.models, names=references, settings=settings)
     if len(references) > 1:
         unknown = ", ".join(sorted({*references} - names))
         raise InputError(f"Not registered: {unknown}.", hint=f"There are {', '.join(sorted(names)) or 'no models'}.")
     return Fixed(home, Catalog(home).entry(references[0] if references else "deploy").artifact, settings)
+
+
+def _artifact(home: Home, references: Sequence[str]) -> Artifact | None:
+    """The artifact that the one reference means, if it means one."""
+    try:
+        return Catalog(home).entry(references[0]).artifact if len(references) == 1 else None
+    except ArtifactError:
+        return None
 
 
 def open_version(

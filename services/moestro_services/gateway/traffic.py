@@ -84,7 +84,7 @@ class FleetCollector(Collector):
         self._fleet = fleet
 
     def collect(self) -> Iterator[Metric]:
-        """One sample for every version that has a process, and for every model."""
+        """One sample for every version that has a process, for every model, and for their registry."""
         by = ["model", "version"]
         up = GaugeMetricFamily("moestro_gateway_model_up", "Whether the version's server answers.", labels=by)
         busy = GaugeMetricFamily("moestro_gateway_model_in_flight", "Requests the server is answering.", labels=by)
@@ -102,7 +102,12 @@ class FleetCollector(Collector):
         for model, answers in self._fleet.ready.items():
             champions.add_metric([model], float(answers))
         switches = _counts("moestro_gateway_switches", "Times another version became champion.", self._fleet.switches)
-        yield from (up, busy, starts, champions, switches)
+        registry = GaugeMetricFamily(
+            "moestro_registry_up",
+            "Whether the model registry could be read when it was asked last.",
+            value=float(self._fleet.registry_up),
+        )
+        yield from (up, busy, starts, champions, switches, registry)
 
 
 class RollbackCollector(Collector):

@@ -1,4 +1,4 @@
-"""How many tokens an answer took, read from its bytes without parsing all of it."""
+"""How many tokens an answer took and whether it failed, read from its bytes without parsing all of it."""
 
 import json
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ MARK = b'"usage":{'
 TAIL_BYTES = 4096
 FAILED_EVENT = b'data: {"error":'
 """How vLLM tells that a stream has failed; never inside a JSON string either."""
+FAILED = 500
 _DECODER = json.JSONDecoder()
 
 
@@ -39,6 +40,19 @@ def read_usage(answer: bytes) -> Usage | None:
     return Usage(*(count if isinstance(count, int) else 0 for count in counts))
 
 
+def error_status(events: bytes) -> int:
+    """The status of the last error among a stream's events; 0 without one. One that bears none is the server's."""
+    at = events.rfind(FAILED_EVENT)
+    if at < 0:
+        return 0
+    try:
+        error = _DECODER.raw_decode(events[at + len(FAILED_EVENT) :].decode(errors="replace").lstrip())[0]
+    except ValueError:
+        return FAILED
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) and code >= 400 else FAILED
+
+
 class StreamUsage:
     """Counts a stream of server-sent events as it passes.
 
@@ -56,9 +70,9 @@ class StreamUsage:
         self._tail = chunk if len(chunk) >= TAIL_BYTES else self._tail[-TAIL_BYTES:] + chunk
 
     @property
-    def failed(self) -> bool:
-        """Whether the server ended it with an error of its own."""
-        return FAILED_EVENT in self._tail
+    def error(self) -> int:
+        """The status that the server's error bears which ended it, if one did; 0 otherwise."""
+        return error_status(self._tail)
 
     def usage(self) -> Usage:
         """What it took."""

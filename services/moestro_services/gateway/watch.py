@@ -2,33 +2,41 @@
 
 A canary is judged against the champion while both answer; a version that became champion, for some minutes, against
 what its predecessor did before. Requests that a version's lost process leaves unanswered are failures of it; a model's
-own 4xx and clients that leave count for nobody.
+own 4xx and clients that leave count for nobody. What one caller sees is borne out by others before it counts. A canary
+whose process is started again and again is ended, whether anybody asked it or not.
 """
 
 import logging
-import statistics
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from moestro.errors import MoestroError, told
-from moestro.registry.model_versions import CHALLENGER, PREVIOUS
+from moestro.registry.model_versions import PREVIOUS
+from moestro_services.gateway.replica import Replica
 from moestro_services.gateway.routes import Route
+from moestro_services.gateway.watch_window import Figures, Request, Window
 
 LOG = logging.getLogger(__name__)
-LONGEST_WINDOW = 4096
 CHECK_SECONDS = 1.0
 
 Key = tuple[str, str]
-RollBack = Callable[[str, str, str], object]
-"""Rolls a model back: its name, the version that is to go, and the reason in words."""
+RollBack = Callable[[str, str, str], bool]
+"""Rolls a model back: its name, the version that is to go, and the reason in words. Whether that changed anything."""
 
 
 @dataclass(frozen=True)
 class RollbackRule:
-    """When a new version is taken back."""
+    """When a new version is taken back.
+
+    No caller brings that about alone. The caller who weighs most in a verdict (has most of the failures, or of the slow
+    answers) is left out, and it must hold for the rest too, by `min_borne_out` failures or answers of them at least.
+    One caller's word counts where there is no other: nobody else asked either version within the window, or nobody else
+    asked the new one though it has been judged for a whole window.
+    """
 
     min_requests: int = 50
     """Answers before anything is judged, of the new version and, for latency, of the other as well."""
@@ -42,43 +50,10 @@ class RollbackRule:
     """How old the requests may be that count."""
     champion_minutes: float = 10.0
     """How long a new champion is judged."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What a version did in the window."""
-
-    requests: int
-    failures: int
-    medians: Mapping[bool, tuple[int, float]]
-    """Number and median of the times to the first byte in seconds, of whole answers (False) and streams (True)."""
-
-    @property
-    def error_rate(self) -> float:
-        """Share of failed requests."""
-        return self.failures / self.requests if self.requests else 0.0
-
-
-class _Window:
-    """The latest requests of one version: when, whether failed, whether streamed, seconds to the first byte."""
-
-    def __init__(self) -> None:
-        self._requests: deque[tuple[float, bool, bool, float | None]] = deque(maxlen=LONGEST_WINDOW)
-
-    def add(self, now: float, failed: bool, streamed: bool, seconds: float | None) -> None:
-        self._requests.append((now, failed, streamed, seconds))
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def figures(self, since: float) -> Figures:
-        kept = [request for request in list(self._requests) if request[0] >= since]
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for _, _, streamed, seconds in kept:
-            if seconds is not None:
-                times[streamed].append(seconds)
-        medians = {kind: (len(found), statistics.median(found)) for kind, found in times.items() if found}
-        return Figures(len(kept), sum(failed for _, failed, _, _ in kept), medians)
+    min_borne_out: int = 3
+    """Failures, or answers where latency is judged, of others than the caller who weighs most."""
+    max_restarts: int = 3
+    """How often a canary's process is started again before the canary is ended, whether anybody asked it or not."""
 
 
 @dataclass
@@ -86,8 +61,13 @@ class _Suspect:
     version: str
     against: str | Figures
     """The version it is judged against, or what that did before it lost its traffic."""
+    since: float
     until: float
-    window: _Window = field(default_factory=_Window)
+    window: Window = field(default_factory=Window)
+    restarts: int = 0
+    """How often its process had been started again when it became a canary."""
+    begun: bool = True
+    """Whether it has answered as what it is. A first start, however long, is no failure."""
     checked: float = float("-inf")
     acted: bool = False
 
@@ -95,44 +75,40 @@ class _Suspect:
 class Watch:
     """Hears of every answer (`answered`) and of every new table (`follow`), and rolls back, once per new version."""
 
-    def __init__(
-        self,
-        rule: RollbackRule,
-        roll_back: RollBack,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        failures: tuple[type[Exception], ...] = (),
-    ) -> None:
-        """`roll_back` is called in a thread of its own; `failures` are what it may raise beside `MoestroError`."""
+    def __init__(self, rule: RollbackRule, roll_back: RollBack, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`roll_back` is called in a thread of its own and may raise `MoestroError` and `OSError`."""
         self.rule = rule
         self.rollbacks: Counter[str] = Counter()
         """Automatic rollbacks by model."""
         self._roll_back = roll_back
         self._clock = clock
-        self._failures: tuple[type[Exception], ...] = (MoestroError, OSError, *failures)
-        self._windows: dict[Key, _Window] = {}
+        self._windows: dict[Key, Window] = {}
         self._suspects: dict[str, _Suspect] = {}
         self._champions: dict[str, str] = {}
         self._tried: set[Key] = set()
         self._lock = threading.Lock()
 
-    def answered(self, name: str, version: str, *, failed: bool, streamed: bool, seconds: float | None) -> None:
-        """A request is over: whether the server failed, and its time to the first byte if there was one."""
+    def answered(
+        self, name: str, version: str, *, caller: str, failed: bool, streamed: bool, seconds: float | None
+    ) -> None:
+        """A request of `caller` is over: whether the server failed, and its time to the first byte if there was one."""
         now = self._clock()
+        request = Request(now, caller, failed, streamed, seconds)
         with self._lock:
-            window = self._windows.setdefault((name, version), _Window())
-            window.add(now, failed, streamed, seconds)
+            window = self._windows.get((name, version))
+            if window is None:
+                window = self._windows[name, version] = Window()
+            window.add(request)
             suspect = self._suspects.get(name)
-            if suspect is None or suspect.version != version or suspect.acted:
+            if suspect is None or suspect.version != version or suspect.acted or not suspect.begun:
                 return
-            suspect.window.add(now, failed, streamed, seconds)
+            suspect.window.add(request)
             if len(suspect.window) < self.rule.min_requests or now - suspect.checked < CHECK_SECONDS:
                 return
             suspect.checked = now
             reason = self._verdict(name, suspect, now)
-            suspect.acted = bool(reason)
-        if reason:
-            threading.Thread(target=self._act, args=(name, suspect, reason), name="rollback", daemon=True).start()
+            if reason:
+                self._start(name, suspect, reason)
 
     def follow(self, table: Mapping[str, Route]) -> None:
         """Traffic goes by `table` now."""
@@ -149,21 +125,29 @@ class Watch:
         before = self._champions.get(route.name)
         self._champions[route.name] = champion
         suspect = self._suspects.get(route.name)
-        if route.canary_share > 0:
-            challenger = route.aliases[CHALLENGER].version.version
-            if suspect is None or (suspect.version, suspect.against) != (challenger, champion):
-                self._suspects[route.name] = _Suspect(challenger, champion, float("inf"))
+        if route.canary is not None:
+            self._follow_canary(route, route.canary, champion, suspect)
             return
-        if suspect and suspect.against == champion and _is_away(route, suspect.version):
-            return  # a canary whose process is started again is one all the same, and its failures count
         fresh = before and champion != before and (route.name, champion) not in self._tried
         self._tried.add((route.name, champion))
         if fresh and PREVIOUS in route.aliases:
             now = self._clock()
-            did = self._windows.get((route.name, before or ""), _Window()).figures(now - self.rule.window_seconds)
-            self._suspects[route.name] = _Suspect(champion, did, now + self.rule.champion_minutes * 60)
+            did = self._windows.get((route.name, before or ""), Window()).figures(now - self.rule.window_seconds)
+            self._suspects[route.name] = _Suspect(champion, did, now, now + self.rule.champion_minutes * 60)
         elif suspect and (suspect.version != champion or isinstance(suspect.against, str)):
             del self._suspects[route.name]
+
+    def _follow_canary(self, route: Route, canary: Replica, champion: str, suspect: _Suspect | None) -> None:
+        """A canary whose process is lost is one all the same, and its failures count."""
+        version, now = canary.version.version, self._clock()
+        if suspect is None or (suspect.version, suspect.against) != (version, champion):
+            suspect = _Suspect(version, champion, now, float("inf"), restarts=canary.restarts, begun=False)
+            self._suspects[route.name] = suspect
+        if route.canary_share > 0 and not suspect.begun:
+            suspect.begun, suspect.since = True, now
+        restarts = canary.restarts - suspect.restarts
+        if restarts >= self.rule.max_restarts and not suspect.acted:
+            self._start(route.name, suspect, f"The process of version {version} was started again {restarts} times.")
 
     def _verdict(self, name: str, suspect: _Suspect, now: float) -> str:
         """Why `suspect` is to go; empty if it may stay."""
@@ -173,36 +157,63 @@ class Watch:
         mine = suspect.window.figures(since)
         other = suspect.against
         if isinstance(other, str):
-            other = self._windows.get((name, other), _Window()).figures(since)
+            other = self._windows.get((name, other), Window()).figures(since)
         if mine.requests < rule.min_requests:
             return ""
-        if mine.error_rate > other.error_rate + rule.max_error_excess:
-            return (
-                f"{mine.failures} of {mine.requests} requests to version {suspect.version} failed "
-                f"({mine.error_rate:.1%}; the other version: {other.error_rate:.1%})."
-            )
+        return self._errors(suspect, mine, other, now) or self._latency(suspect, mine, other, now)
+
+    def _errors(self, suspect: _Suspect, mine: Figures, other: Figures, now: float) -> str:
+        rule, since = self.rule, now - self.rule.window_seconds
+        bound = other.error_rate + rule.max_error_excess
+        if mine.error_rate <= bound:
+            return ""
+        most = suspect.window.heaviest(since, lambda request: request.failed)
+        rest = suspect.window.figures(since, without=most)
+        borne_out = rest.failures >= rule.min_borne_out and rest.error_rate > bound
+        if not borne_out and not self._alone(suspect, mine, other, most, now):
+            return ""
+        return (
+            f"{mine.failures} of {mine.requests} requests to version {suspect.version} failed "
+            f"({mine.error_rate:.1%}; the other version: {other.error_rate:.1%})."
+        )
+
+    def _latency(self, suspect: _Suspect, mine: Figures, other: Figures, now: float) -> str:
+        rule, since = self.rule, now - self.rule.window_seconds
         for streamed, (count, median) in mine.medians.items():
             others, theirs = other.medians.get(streamed, (0, 0.0))
             bound = max(theirs * rule.max_latency_ratio, theirs + rule.latency_slack_seconds)
-            if min(count, others) >= rule.min_requests and median > bound:
+            if min(count, others) < rule.min_requests or median <= bound:
+                continue
+            most = suspect.window.heaviest(since, partial(_slow, streamed, bound))
+            heard, rest = suspect.window.figures(since, without=most).medians.get(streamed, (0, 0.0))
+            borne_out = heard >= rule.min_borne_out and rest > bound
+            if borne_out or self._alone(suspect, mine, other, most, now):
                 return (
                     f"Version {suspect.version} takes {median * 1000:.0f} ms to the first byte in the median, "
                     f"the other version {theirs * 1000:.0f} ms."
                 )
         return ""
 
+    def _alone(self, suspect: _Suspect, mine: Figures, other: Figures, caller: str, now: float) -> bool:
+        """Whether there is nobody who could bear out what `caller` sees."""
+        waited = now - suspect.since >= self.rule.window_seconds
+        return mine.callers <= {caller} and (waited or other.callers <= {caller})
+
+    def _start(self, name: str, suspect: _Suspect, reason: str) -> None:
+        suspect.acted = True
+        threading.Thread(target=self._act, args=(name, suspect, reason), name="rollback", daemon=True).start()
+
     def _act(self, name: str, suspect: _Suspect, reason: str) -> None:
         LOG.warning("Rolling %s back: %s", name, reason)
         try:
-            self._roll_back(name, suspect.version, reason)
-        except self._failures as error:
+            changed = self._roll_back(name, suspect.version, reason)
+        except (MoestroError, OSError) as error:
             LOG.warning("Rolling %s back failed: %s", name, told(error))
             suspect.acted = False
-        else:
+            return
+        if changed:
             self.rollbacks[name] += 1
 
 
-def _is_away(route: Route, version: str) -> bool:
-    """Whether `version` is the challenger and does not answer now."""
-    challenger = route.aliases.get(CHALLENGER)
-    return challenger is not None and challenger.version.version == version and not challenger.serving
+def _slow(streamed: bool, bound: float, request: Request) -> bool:
+    return request.streamed is streamed and request.seconds is not None and request.seconds > bound

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from moestro.artifacts import Artifact
-from moestro.errors import BusyError, GateError, InputError, MoestroError
+from moestro.errors import BusyError, ConflictError, GateError, InputError, MoestroError
 from moestro.registry.model_versions import CHALLENGER, CHAMPION, PREVIOUS, ModelVersion, RegisteredModel
 from moestro_flows.home import Home
 from moestro_services.catalog import Catalog
@@ -206,7 +206,7 @@ class FakePromotions:
     def rollback(self, name: str, *, reason: str = "", actor: str) -> FakePromotion:
         held = self.models.model(name)
         if PREVIOUS not in held.aliases:
-            raise BusyError(f"{name} has no previous version.")
+            raise ConflictError(f"{name} has no version to go back to.", hint="Promote one.")
         aliases = {CHAMPION: held.aliases[PREVIOUS], PREVIOUS: held.aliases[CHAMPION]}
         return self._keep(
             replace(held, aliases=aliases, canary_share=0.0), aliases[CHAMPION], f"rollback {reason}", actor

@@ -25,6 +25,15 @@ def test_a_deployment_becomes_a_version_and_gets_traffic(
     assert {entry.actor for entry in api.audit.entries} == {"key-admin"}
 
 
+def test_a_rollback_with_nothing_to_go_back_to_is_a_conflict(admin: httpx.Client, deployment_fingerprint: str) -> None:
+    admin.post(REGISTER, json={"deployment": deployment_fingerprint})
+    refused = admin.post("/api/models/assistant/rollback")
+    error = refused.json()["error"]
+    assert (refused.status_code, error["kind"], error["hint"]) == (409, "ConflictError", "Promote one.")
+    assert "no version to go back to" in error["message"]
+    assert admin.post("/api/models/nobody/rollback").status_code == 404
+
+
 def test_models_come_with_what_answers_for_them(
     api: Any, admin: httpx.Client, deployment_fingerprint: str, fake_replica: Any
 ) -> None:
