@@ -243,6 +243,26 @@ def test_seeds_do_not_end_the_engine(checkpoint, tmp_path, nothing_left):
 
 
 @pytest.mark.slow
+def test_nothing_but_its_health_is_told_without_the_servers_key(checkpoint, tmp_path, nothing_left):
+    with VllmServer(checkpoint, ServerConfig(name="x", max_model_len=64), log=tmp_path / "log") as server:
+        server.start()
+        with httpx.Client(base_url=server.url, timeout=120) as asking:
+            own = {"Authorization": f"Bearer {server.api_key}"}
+            paths = asking.get("/openapi.json", headers=own).json()["paths"]
+            assert {"/invocations", "/tokenize", "/version", "/v1/completions"} <= paths.keys()
+            found = {
+                (path, method): asking.request(method, path, headers={"Authorization": "Bearer another"}).status_code
+                for path in [*paths, "/metrics", "/openapi.json", "/docs", "//health", "/health/"]
+                for method in ("GET", "POST")
+                if path != "/health"
+            }
+            assert set(found.values()) == {401}, found
+            assert asking.post("/invocations", json={}).status_code == 401
+            asked = {"model": "x", "prompt": [1, 2], "max_tokens": 1}
+            assert asking.post("/invocations", json=asked, headers=own).status_code == 200
+
+
+@pytest.mark.slow
 def test_the_server_and_its_engine_die_with_a_killed_parent(checkpoint, tmp_path):
     code = (
         "import pathlib, sys\n"

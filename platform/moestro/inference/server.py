@@ -2,8 +2,8 @@
 
 The server and its engine live in a process group of their own under `supervisor`, which ends them when this process
 closes the server or dies, kill -9 included. It listens on loopback alone, its development endpoints are off, and it
-answers under /v1 only who bears a key that is made anew at every start and told to it in its environment: whoever
-reaches another server's port, or that of an earlier start, gets a 401 and not another model's answer.
+answers, but for /health, only who bears a key that is made anew at every start and told to it in its environment:
+whoever reaches another server's port, or that of an earlier start, gets a 401 and not another model's answer.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import httpx
 
 from moestro.errors import BusyError, ResourceError
 from moestro.inference.environment import computes_on_cpu, server_environment
+from moestro.inference.guard import KEY_VARIABLE, Keyed
 from moestro.inference.routes import returned_routing, window_is_wide_enough
 
 HOST = "127.0.0.1"
@@ -81,7 +82,7 @@ class VllmServer:
         self.log = log
         self.port = config.port
         self.api_key = ""
-        """What requests under /v1 must bear; made at every start."""
+        """What requests must bear; made at every start."""
         self.routes = returned_routing(folder, config.max_model_len) is not None
         """Whether answers carry expert choices."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -194,7 +195,7 @@ class VllmServer:
 
     def _environment(self) -> dict[str, str]:
         threads = {"OMP_NUM_THREADS": str(self.config.threads)} if self.config.threads else {}
-        own = {"VLLM_API_KEY": self.api_key, "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS)}
+        own = {KEY_VARIABLE: self.api_key, "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS)}
         kept = {name: value for name, value in server_environment().items() if name not in NEVER_SET}
         return kept | threads | dict(self.config.extra_environment) | own
 
@@ -209,6 +210,7 @@ class VllmServer:
             "--kv-cache-memory-bytes": str(int(self.config.kv_cache_gib * 1024**3)),
             "--generation-config": "vllm",
             "--allowed-origins": "[]",
+            "--middleware": f"{Keyed.__module__}.{Keyed.__name__}",
         }
         if self.config.fingerprint:
             options |= {"--fingerprint-mode": "custom", "--fingerprint-value": self.config.fingerprint}
