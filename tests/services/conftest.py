@@ -477,6 +477,11 @@ class Deploying:
 
 
 @pytest.fixture
+def deploying_in() -> type[Deploying]:
+    return Deploying
+
+
+@pytest.fixture
 def deploying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare_mlflow: Callable[[Path], None]) -> Deploying:
     """A home without models; MOESTRO_HOME points to it."""
     home = Home(tmp_path / "models")
