@@ -251,6 +251,34 @@ def test_a_lookup_that_fails_is_told_and_tried_again(build: Build, known: Fixed,
     assert metrics.reports()[0].seen.total_tokens == 6
 
 
+def test_a_lookup_that_goes_on_failing_is_logged_when_its_reason_changes(
+    build: Build, known: Fixed, monkeypatch: Any, caplog: Any
+) -> None:
+    metrics = build()
+    reasons = iter([*["gone"] * 2, *["damaged"] * 2, *["no profile"] * 4])
+
+    def fail(_: Deployment) -> None:
+        raise ArtifactError(next(reasons))
+
+    def fails(lookup: str) -> list[str]:
+        """What is logged while that lookup fails twice."""
+        caplog.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(known, lookup, fail)
+            for _ in range(2):
+                known.now += PROFILE_SECONDS
+                take(metrics, answer(routes(6), prompt=4, output=3))
+        return [record.getMessage() for record in caplog.records]
+
+    assert fails("shape") == ["Experts of assistant@1: gone"]
+    assert fails("shape") == ["Experts of assistant@1: damaged"]
+    for _ in range(2):
+        assert fails("profile") == ["Experts of assistant@1: no profile"]
+        known.now += PROFILE_SECONDS
+        take(metrics, answer(routes(6), prompt=4, output=3))  # the lookup does not fail
+    assert (list(reasons), why(metrics)) == ([], {"lost": 8})
+
+
 def test_a_defect_is_counted_and_logged_and_the_thread_goes_on(
     build: Build, known: Fixed, monkeypatch: Any, caplog: Any
 ) -> None:
