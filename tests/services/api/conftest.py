@@ -217,8 +217,8 @@ def stand_in() -> Iterator[StandIn]:
 
 @pytest.fixture
 def api(built_home: Home, prepare_mlflow: Callable[..., None], fixed_server: Any, stand_in: StandIn) -> Iterator[Api]:
-    prepare_mlflow(built_home.path)
     with Api(built_home, fixed_server, stand_in).running() as made:
+        prepare_mlflow(built_home.path)  # after the first look at it: whoever asks for no model opens no database
         yield made
         for started in made.runs.summaries(limit=1000):
             made.runs.stop(started.id)
