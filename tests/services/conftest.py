@@ -389,35 +389,40 @@ def built_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     return home
 
 
-def tiny_mixtral(out: Path, seed: int) -> None:
-    """A random Mixtral, with a tokenizer, that a real vLLM serves."""
+@pytest.fixture(scope="session")
+def tiny_mixtral() -> Callable[..., None]:
+    """Makes a random Mixtral, with a tokenizer, that a real vLLM serves."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
     from moestro.data.tokenizer import train_bpe
 
-    tokenizer = train_bpe(["Question: What is 12 + 7?\nAnswer: 19\n"] * 4, 300)
-    torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    MixtralForCausalLM(config).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    def make(out: Path, *, seed: int, chat_template: str | None = None) -> None:
+        tokenizer = train_bpe(["Question: What is 12 + 7?\nAnswer: 19\n"] * 4, 300)
+        tokenizer.chat_template = chat_template
+        torch.manual_seed(seed)
+        config = MixtralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=128,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+        MixtralForCausalLM(config).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+    return make
 
 
 @pytest.fixture
-def deploy_tiny() -> Callable[..., Artifact]:
+def deploy_tiny(tiny_mixtral: Callable[..., None]) -> Callable[..., Artifact]:
     """Publishes a tiny Mixtral and a deployment of it, named `tiny`, in a home."""
 
     def publish(
@@ -442,7 +447,7 @@ def deploy_tiny() -> Callable[..., Artifact]:
 
     def deploy(home: Path, *, seed: int) -> Artifact:
         store = ArtifactStore(home)
-        model = publish(store, "compress", {}, lambda out: tiny_mixtral(out, seed), seed)
+        model = publish(store, "compress", {}, partial(tiny_mixtral, seed=seed), seed)
         checkpoint = Input(stage="compress", fingerprint=model.fingerprint)
         served = {"name": "tiny", "checkpoint": checkpoint.model_dump(), "dtype": "float32", "max_model_len": 64}
         fill = partial(_write, served)
@@ -477,6 +482,11 @@ class Deploying:
         served["checkpoint"] = {"stage": "compress", "fingerprint": checkpoint.fingerprint}
         files = {"deployment.json": served}
         return self._build.add(f"deploy {letter}", {"model": checkpoint}, result={"load_seconds": 1.5}, files=files)
+
+
+@pytest.fixture
+def deploying_in() -> type[Deploying]:
+    return Deploying
 
 
 @pytest.fixture

@@ -6,10 +6,7 @@ from typing import Any
 
 import openai
 import pytest
-import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
-from moestro.data.tokenizer import train_bpe
 from moestro.inference.server import ServerConfig, VllmServer
 from moestro_flows.home import Home
 from moestro_services.gateway.assembly import Policy
@@ -22,6 +19,7 @@ OWN = {"id", "created"}
 """What is another in every answer."""
 ASK = {"model": "tiny", "prompt": "Question: What is 12", "max_tokens": 6, "temperature": 0}
 MESSAGES = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "What is 12 + 7?"}]
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 CHAT = {"model": "tiny", "messages": MESSAGES, "max_tokens": 6, "temperature": 0}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
@@ -29,27 +27,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_mixtral: Callable[..., None]) -> Path:
     folder = tmp_path_factory.mktemp("openai") / "model"
-    tokenizer = train_bpe(["Question: What is 12 + 7?\nAnswer: 19\n"] * 4, 300)
-    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    MixtralForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tiny_mixtral(folder, seed=0, chat_template=TEMPLATE)
     return folder
 
 

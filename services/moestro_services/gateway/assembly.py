@@ -22,6 +22,7 @@ from moestro_services.gateway.expert_metrics_sampling import Sampling
 from moestro_services.gateway.fleet import Fleet
 from moestro_services.gateway.keys import KeyRing
 from moestro_services.gateway.lifecycles import lifecycles
+from moestro_services.gateway.lifecycles_feed import Feeds
 from moestro_services.gateway.limits import Limits
 from moestro_services.gateway.management import management
 from moestro_services.gateway.management_parts import ManagementParts
@@ -60,8 +61,13 @@ class Assembled:
 
 
 @contextmanager
-def assembled(home: Home, fleet: Fleet, policy: Policy, steering: Steering) -> Iterator[Assembled]:
-    """The whole gateway of `home` before `fleet`; ends what runs beside it when the block is left."""
+def assembled(
+    home: Home, fleet: Fleet, policy: Policy, steering: Steering, feeds: Feeds | None = None
+) -> Iterator[Assembled]:
+    """The whole gateway of `home` before `fleet`; ends what runs beside it when the block is left.
+
+    Lifecycles are those of `feeds`, or else processes of the `moestro` command.
+    """
     audit = Audit.of(home)
     promotions = Promotions(home, audit, changed=fleet.kick)
     models = ModelRegistry(home.mlflow_uri, home.mlflow_files)
@@ -81,7 +87,7 @@ def assembled(home: Home, fleet: Fleet, policy: Policy, steering: Steering) -> I
             answered=(metrics,),
             preparing=(steering,),
             collectors=(metrics,),
-            routers=(management(managed), lifecycles(managed), expert_traffic(metrics)),
+            routers=(management(managed), lifecycles(managed, feeds), expert_traffic(metrics)),
             wraps=(partial(_door, policy),),
         )
         app = create_app(parts)

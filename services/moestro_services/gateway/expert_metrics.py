@@ -69,6 +69,7 @@ class ExpertMetrics:
         self._lock = threading.Lock()
         self._versions: OrderedDict[str, VersionTraffic | None] = OrderedDict()
         self._reports: dict[str, tuple[tuple[object, ...], Figures | None]] = {}
+        self._trouble: dict[str, str] = {}
         self._skipped: Counter[Reason] = Counter()
         self._waiting = self._waiting_bytes = 0
         self._closed = False
@@ -178,12 +179,19 @@ class ExpertMetrics:
             if version.profile is None and self._clock() >= version.profile_due:
                 version.profile_due = self._clock() + PROFILE_SECONDS
                 version.compare_with(self._known.profile(deployment))
+                self._trouble.pop(label, None)
         except MoestroError as error:
-            _log.warning("Experts of %s: %s", label, error)
+            self._tell(label, str(error))
             raise NotCountedError(Reason.LOST) from None
         with self._lock:
             self._versions.move_to_end(label)
         return version
+
+    def _tell(self, label: str, trouble: str) -> None:
+        """Log why nothing is known of a version, if it is news."""
+        if self._trouble.get(label) != trouble:
+            _log.warning("Experts of %s: %s", label, trouble)
+        self._trouble[label] = trouble
 
     def _remember(self, label: str, version: VersionTraffic | None) -> None:
         with self._lock:

@@ -39,15 +39,16 @@ class EventStream(StreamingResponse):
             await super().stream_response(send)
 
 
-def lifecycles(parts: ManagementParts, runs: Lifecycles | None = None, feeds: Feeds | None = None) -> APIRouter:
-    """The routes under /api/configs and /api/lifecycles."""
+def lifecycles(parts: ManagementParts, feeds: Feeds | None = None) -> APIRouter:
+    """The routes under /api/configs and /api/lifecycles; `feeds` follows those of the home."""
     router = APIRouter(prefix="/api", responses=refusals(400))
-    runs = runs or Lifecycles(parts.home)
+    feeds = feeds or Feeds(Lifecycles(parts.home))
+    runs = feeds.lifecycles
     configs = Configs(parts.home.configs)
     _add_configs(router, configs)
     _add_lifecycles(router, runs)
     _add_changes(router, parts, configs, runs)
-    _add_events(router, feeds or Feeds(runs))
+    _add_events(router, feeds)
     return router
 
 

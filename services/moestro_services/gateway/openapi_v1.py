@@ -100,68 +100,62 @@ class Usage(_Open):
     """Together."""
 
 
-class CompletionChoice(_Open):
-    """One answer."""
+class Choice(_Open):
+    """What both kinds of answers hold, of which there may be several."""
 
     index: int
     """Its number."""
-    text: str
-    """Its text."""
-    logprobs: dict[str, Any] | None = None
-    """Log-probabilities, if asked for."""
-    finish_reason: str | None = None
-    """`stop`, `length` or another of vLLM's."""
-
-
-class Completion(_Open):
-    """A continued prompt; with `stream`, each event holds a part of it."""
-
-    id: str
-    """Its id."""
-    object: Literal["text_completion"]
-    """Always so."""
-    created: int
-    """Unix time."""
-    model: str
-    """The model that answered."""
-    choices: list[CompletionChoice]
-    """The answers."""
-    usage: Usage | None = None
-    """Tokens that were counted."""
-    system_fingerprint: str | None = None
-    """`name@version` that answered."""
-
-
-class ChatChoice(_Open):
-    """One answer."""
-
-    index: int
-    """Its number."""
-    message: Message
-    """The answer."""
     logprobs: dict[str, Any] | None = None
     """Log-probabilities, if asked for."""
     finish_reason: str | None = None
     """`stop`, `length`, `tool_calls` or another of vLLM's."""
 
 
-class ChatCompletion(_Open):
-    """An answer in a conversation; with `stream`, each event holds a part of it."""
+class Answer(_Open):
+    """What both kinds of responses hold."""
 
     id: str
     """Its id."""
-    object: Literal["chat.completion"]
-    """Always so."""
     created: int
     """Unix time."""
     model: str
     """The model that answered."""
-    choices: list[ChatChoice]
-    """The answers."""
     usage: Usage | None = None
     """Tokens that were counted."""
     system_fingerprint: str | None = None
     """`name@version` that answered."""
+
+
+class CompletionChoice(Choice):
+    """One answer."""
+
+    text: str
+    """Its text."""
+
+
+class Completion(Answer):
+    """A continued prompt; with `stream`, each event holds a part of it."""
+
+    object: Literal["text_completion"]
+    """Always so."""
+    choices: list[CompletionChoice]
+    """The answers."""
+
+
+class ChatChoice(Choice):
+    """One answer."""
+
+    message: Message
+    """The answer."""
+
+
+class ChatCompletion(Answer):
+    """An answer in a conversation; with `stream`, each event holds a part of it."""
+
+    object: Literal["chat.completion"]
+    """Always so."""
+    choices: list[ChatChoice]
+    """The answers."""
 
 
 class OpenAIErrorBody(_Open):

@@ -1,41 +1,39 @@
-"""The management API over a home, with fakes for fleet, registry, promotions, audit and door."""
+"""The gateway of a home as users meet it, whose models and lifecycles are answered and run by stand-ins."""
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Send
-from starlette.types import Scope as AsgiScope
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from moestro.artifacts import Artifact
-from moestro.errors import BusyError, ConflictError, GateError, InputError, MoestroError
-from moestro.registry.model_versions import CHALLENGER, CHAMPION, PREVIOUS, ModelVersion, RegisteredModel
+from moestro.registry import ModelRegistry, ModelVersion
 from moestro_flows.home import Home
+from moestro_services.audit import Audit, AuditEntry
 from moestro_services.catalog import Catalog
-from moestro_services.gateway.caller import CALLER, Caller, Scope
-from moestro_services.gateway.errors import api_error, refusal
-from moestro_services.gateway.inventory import inventory
-from moestro_services.gateway.lifecycles import lifecycles
+from moestro_services.gateway import caller
+from moestro_services.gateway.assembly import Assembled, Policy, assembled
+from moestro_services.gateway.connections import careful
+from moestro_services.gateway.controller import Controller
+from moestro_services.gateway.deployments import Deployment
+from moestro_services.gateway.expert_metrics_sampling import Sampling
+from moestro_services.gateway.fleet import Fleet
+from moestro_services.gateway.keys import Key, KeyRing
 from moestro_services.gateway.lifecycles_feed import Feeds
 from moestro_services.gateway.lifecycles_runs import Lifecycles
 from moestro_services.gateway.listening import listen, serving
-from moestro_services.gateway.management import management
-from moestro_services.gateway.management_parts import ManagementParts
-from moestro_services.gateway.openapi import describe
-from moestro_services.gateway.schemas import ModelCard, ModelList
-from moestro_services.served import describe as served
+from moestro_services.gateway.openapi_v1 import REQUESTS
+from moestro_services.gateway.replica import Backoff
+from moestro_services.gateway.sources import Registered
 
-CREATED = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
@@ -99,185 +97,87 @@ except KeyboardInterrupt:
 """
 
 
-@dataclass(frozen=True)
-class FakeReplica:
-    name: str
-    version: str
-    fingerprint: str
-    state: str = "serving"
-    in_flight: int = 0
-    restarts: int = 0
-    reason: str = ""
-
-
-@dataclass
-class FakeFleet:
-    running: list[FakeReplica] = field(default_factory=list)
-
-    def replicas(self) -> list[FakeReplica]:
-        return list(self.running)
-
-
-@dataclass(frozen=True)
-class FakePromotion:
-    name: str
-    version: str
-    aliases: Mapping[str, str]
-    canary_share: float
-    forced: str = ""
-    refused: tuple[str, ...] = ()
-    changed: bool = True
-
-
-class FakeModels:
-    """A registry in memory."""
+class StandIn:
+    """Answers in the form of vLLM's answers, the same to all that is well-formed, and refuses the rest as vLLM does."""
 
     def __init__(self) -> None:
-        self.held: dict[str, RegisteredModel] = {}
+        self.url = ""
+        self.api_key = ""
 
-    def models(self) -> list[RegisteredModel]:
-        return list(self.held.values())
-
-    def model(self, name: str) -> RegisteredModel:
-        if name not in self.held:
-            raise InputError(f"There is no model {name!r}.")
-        return self.held[name]
-
-
-@dataclass(frozen=True)
-class FakeEntry:
-    at: datetime
-    actor: str
-    action: str
-    target: str
-    details: Mapping[str, Any]
-
-
-class FakeAudit:
-    def __init__(self) -> None:
-        self.entries: list[FakeEntry] = []
-
-    def write(self, actor: str, action: str, target: str, **details: Any) -> None:
-        self.entries.insert(0, FakeEntry(CREATED, actor, action, target, details))
-
-    def read(self, limit: int) -> list[FakeEntry]:
-        return self.entries[:limit]
-
-
-class FakePromotions:
-    """Changes of a `FakeModels`, with the words that the real ones have; gates refuse what `refuses` says."""
-
-    def __init__(self, models: FakeModels, audit: FakeAudit) -> None:
-        self.models = models
-        self.audit = audit
-        self.refuses: tuple[str, ...] = ()
-
-    def register(self, artifact: Artifact, *, actor: str) -> FakePromotion:
-        name = served(artifact).name
-        held = self.models.held.get(name) or RegisteredModel(name, (), {}, 0.0)
-        version = ModelVersion(
-            name, str(len(held.versions) + 1), "deploy", artifact.fingerprint, CREATED, {"dtype": "float32"}
-        )
-        alias = CHALLENGER if held.versions else CHAMPION
-        return self._keep(
-            replace(held, versions=(version, *held.versions), aliases={**held.aliases, alias: version.version}),
-            version.version,
-            "register",
-            actor,
-        )
-
-    def promote(
-        self, name: str, version: str = CHALLENGER, *, share: float | None = None, force: str = "", actor: str
-    ) -> FakePromotion:
-        held = self.models.model(name)
-        number = held.aliases.get(version, version)
-        if number not in {one.version for one in held.versions}:
-            raise InputError(f"{name} has no version {version!r}.")
-        if self.refuses and not force:
-            raise GateError("; ".join(self.refuses), hint="`force` promotes anyway.")
-        if share is None:
-            aliases = {CHAMPION: number, PREVIOUS: held.aliases[CHAMPION]}
-        else:
-            aliases = {**held.aliases, CHALLENGER: number}
-        return self._keep(
-            replace(held, aliases=aliases, canary_share=share or 0.0), number, "promote", actor, forced=force
-        )
-
-    def rollback(self, name: str, *, reason: str = "", actor: str) -> FakePromotion:
-        held = self.models.model(name)
-        if PREVIOUS not in held.aliases:
-            raise ConflictError(f"{name} has no version to go back to.", hint="Promote one.")
-        aliases = {CHAMPION: held.aliases[PREVIOUS], PREVIOUS: held.aliases[CHAMPION]}
-        return self._keep(
-            replace(held, aliases=aliases, canary_share=0.0), aliases[CHAMPION], f"rollback {reason}", actor
-        )
-
-    def delete(self, name: str, version: str, *, actor: str) -> None:
-        held = self.models.model(name)
-        if version not in {one.version for one in held.versions}:
-            raise InputError(f"{name} has no version {version!r}.")
-        if version in held.aliases.values():
-            raise BusyError(f"An alias points to version {version}.")
-        versions = tuple(one for one in held.versions if one.version != version)
-        self._keep(replace(held, versions=versions), version, "delete", actor)
-
-    def _keep(
-        self, model: RegisteredModel, version: str, action: str, actor: str, *, forced: str = ""
-    ) -> FakePromotion:
-        self.models.held[model.name] = model
-        self.audit.write(actor, action, f"{model.name}@{version}")
-        return FakePromotion(
-            model.name, version, model.aliases, model.canary_share, forced, self.refuses if forced else ()
-        )
-
-
-class FakeDoor:
-    """Lets in who bears `admin`, `read` or `infer`."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            word = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ")
-            if word not in set(Scope):
-                await refusal(scope["path"], 401, "Incorrect or missing API key.")(scope, receive, send)
-                return
-            scope[CALLER] = Caller(f"key-{word}", frozenset({Scope(word)}))
-        await self.app(scope, receive, send)
+            response = self._answer(scope["path"], await Request(scope, receive).body())
+            await response(scope, receive, send)
+
+    def _answer(self, path: str, body: bytes) -> Response:
+        if path not in REQUESTS:
+            return Response()
+        try:
+            asked = REQUESTS[path][0].model_validate_json(body, strict=True).model_dump()
+        except ValidationError as error:
+            told = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
+            return JSONResponse({"error": told}, status_code=400)
+        said: dict[str, Any] = {"index": 0, "finish_reason": "stop", "text": " 19"}
+        said["message"] = {"role": "assistant", "content": " 19"}
+        answer = {"id": "cmpl-1", "created": 1_700_000_000, "model": asked["model"], "choices": [said]}
+        answer["object"] = "chat.completion" if "chat" in path else "text_completion"
+        if asked["stream"]:
+            return Response(f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n", media_type="text/event-stream")
+        return JSONResponse(answer | {"usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}})
 
 
-@dataclass
 class Api:
-    """The application with its parts. `orders` are obeyed by the stand-in for `moestro` until they end it."""
+    """The gateway of `home` with a key of each scope. Lifecycles obey `orders` until these end them.
 
-    home: Home
-    fleet: FakeFleet = field(default_factory=FakeFleet)
-    models: FakeModels = field(default_factory=FakeModels)
-    audit: FakeAudit = field(default_factory=FakeAudit)
+    Models are those of the home's registry, and are served as soon as that is changed.
+    """
 
-    def __post_init__(self) -> None:
-        self.promotions = FakePromotions(self.models, self.audit)
-        program = self.home.path / "program.py"
-        program.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, home: Home, make: Any, stand_in: Any) -> None:
+        """`make` makes a model server that is no process, of what answers for it."""
+        self.home = home
+        self.servers: dict[str, Any] = {}
+        """Other servers than that of the stand-in, by version."""
+        program = home.path / "program.py"
         program.write_text(PROGRAM)
-        self.runs = Lifecycles(self.home, command=(sys.executable, "-S", "-E", str(program)))
+        self.runs = Lifecycles(home, command=(sys.executable, "-S", "-E", str(program)))
         self.feeds = Feeds(self.runs, heartbeat=0.2)
-        self.app = self.made()
+        ring = KeyRing.of(home)
+        made = {scope.value: ring.create(scope.value, [scope]) for scope in caller.Scope}
+        self.keys: dict[str, Key] = {word: key for word, (key, _) in made.items()}
+        self.secrets = {word: secret for word, (_, secret) in made.items()}
+        self.policy = Policy(keys=ring, sampling=Sampling(share=1.0))
+        self.models = ModelRegistry(home.mlflow_uri, home.mlflow_files)
+        self.source = Registered(home, self.models.models)
+        self.fleet = Fleet(self._open, backoff=Backoff(first=3600.0))
+        self.assembled: Assembled
+        self._make, self._stand_in = make, stand_in
 
-    def made(self) -> FastAPI:
-        app = FastAPI(docs_url=None, redoc_url=None)
-        app.include_router(inventory(self.home, self.fleet))
-        parts = ManagementParts(
-            home=self.home, fleet=self.fleet, models=self.models, promotions=self.promotions, audit=self.audit
-        )
-        app.include_router(management(parts))
-        app.include_router(lifecycles(parts, self.runs, self.feeds))
-        _add_models(app)
-        _add_refusals(app)
-        describe(app)
-        app.add_middleware(FakeDoor)
-        return app
+    def _open(self, version: ModelVersion) -> tuple[Deployment, Any]:
+        deployment, _process = self.source.open(version)
+        return deployment, self.servers.get(version.version) or self._make(self._stand_in)
+
+    @contextmanager
+    def running(self) -> Iterator["Api"]:
+        """Itself, with all that runs beside the application."""
+        with (
+            self.fleet,
+            assembled(self.home, self.fleet, self.policy, self.source.steering, self.feeds) as self.assembled,
+            Controller(self.fleet, self.source.read, poll_seconds=3600.0),
+        ):
+            yield self
+
+    @property
+    def audit(self) -> Sequence[AuditEntry]:
+        """What was written down, newest first."""
+        return Audit.of(self.home).read()
+
+    def wait_for(self, states: Mapping[str, str]) -> None:
+        """Wait until the server of each version stands so."""
+
+        def reached(fleet: Fleet) -> bool:
+            return states.items() <= {(replica.version, str(replica.state)) for replica in fleet.replicas()}
+
+        assert self.fleet.wait_for(reached, 30), self.fleet.replicas()
 
     def hold(self) -> None:
         """Lifecycles wait for orders."""
@@ -307,61 +207,39 @@ CONFIG = {
 }
 
 
-def _add_models(app: FastAPI) -> None:
-    """Stand-ins for what the proxy answers."""
-
-    @app.get("/v1/models", tags=["models"])
-    def models() -> ModelList:
-        return ModelList(data=(ModelCard(id="assistant", created=0, root="compress/c", max_model_len=512),))
-
-    async def forward(request: Request) -> dict[str, Any]:
-        kind = "chat.completion" if "chat" in request.url.path else "text_completion"
-        return {"id": "1", "object": kind, "created": 0, "model": "assistant", "choices": []}
-
-    for path in ("/v1/completions", "/v1/chat/completions"):
-        app.post(path, tags=["models"], response_model=None, operation_id=path)(forward)
-
-
-def _add_refusals(app: FastAPI) -> None:
-    @app.exception_handler(MoestroError)
-    async def mistake(_request: Request, error: MoestroError) -> JSONResponse:
-        return api_error(error)
-
-    @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return refusal(request.url.path, error.status_code, str(error.detail), error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return refusal(request.url.path, 400, f"{where}: {first['msg']}")
+@pytest.fixture(scope="session")
+def stand_in() -> Iterator[StandIn]:
+    """Answers for all models of all tests."""
+    made = StandIn()
+    with serving(made, listen("127.0.0.1", 0)) as made.url:
+        yield made
 
 
 @pytest.fixture
-def api(built_home: Home) -> Iterator[Api]:
-    made = Api(built_home)
-    yield made
-    for started in made.runs.summaries(limit=1000):
-        made.runs.stop(started.id)
+def api(built_home: Home, prepare_mlflow: Callable[..., None], fixed_server: Any, stand_in: StandIn) -> Iterator[Api]:
+    with Api(built_home, fixed_server, stand_in).running() as made:
+        prepare_mlflow(built_home.path)  # after the first look at it: whoever asks for no model opens no database
+        yield made
+        for started in made.runs.summaries(limit=1000):
+            made.runs.stop(started.id)
 
 
 @pytest.fixture
 def url(api: Api) -> Iterator[str]:
-    """The API over a real socket, where streams are streams."""
-    with serving(api.app, listen("127.0.0.1", 0)) as address:
+    """The API over a real socket."""
+    http = careful(api.assembled.traffic.refused)
+    with serving(api.assembled.app, listen("127.0.0.1", 0), http) as address:
         yield address
 
 
 @pytest.fixture
-def bearing(url: str) -> Iterator[Callable[[str], httpx.Client]]:
+def bearing(api: Api, url: str) -> Iterator[Callable[[str], httpx.Client]]:
     """Clients with a key of the given scope."""
     made: list[httpx.Client] = []
 
     def client(word: str) -> httpx.Client:
-        made.append(
-            httpx.Client(base_url=url, headers={"Authorization": f"Bearer {word}"}, timeout=30, trust_env=False)
-        )
+        headers = {"Authorization": f"Bearer {api.secrets[word]}"}
+        made.append(httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False))
         return made[-1]
 
     yield client
@@ -380,5 +258,7 @@ def deployment_fingerprint(built_home: Home) -> str:
 
 
 @pytest.fixture
-def fake_replica() -> type[FakeReplica]:
-    return FakeReplica
+def deployed(api: Api, deploying_in: Callable[[Home], Callable[..., Artifact]]) -> Callable[..., str]:
+    """Publishes a further deployment of the model `assistant`; gives its fingerprint."""
+    deploy = deploying_in(api.home)
+    return lambda letter, **content: deploy(letter, **content).fingerprint

@@ -158,7 +158,7 @@ def generated(document: dict[str, Any]) -> str:
 
 @pytest.fixture
 def source(api: Any) -> str:
-    return generated(api.app.openapi())
+    return generated(api.assembled.described())
 
 
 @pytest.fixture
@@ -171,7 +171,9 @@ def client(source: str, admin: httpx.Client) -> Iterator[tuple[Any, Any]]:
     del sys.modules[module.__name__]
 
 
-def test_it_lists_reads_registers_and_promotes(api: Any, client: tuple[Any, Any], deployment_fingerprint: str) -> None:
+def test_it_lists_reads_registers_and_promotes(
+    client: tuple[Any, Any], deployment_fingerprint: str, deployed: Callable[..., str]
+) -> None:
     module, moestro = client
     assert [run.name for run in moestro.list_runs(limit=5)] == ["small"]
     assert {step.stage for step in moestro.list_steps("latest")} >= {"mix", "deploy"}
@@ -180,15 +182,31 @@ def test_it_lists_reads_registers_and_promotes(api: Any, client: tuple[Any, Any]
     detail = moestro.read_artifact(deployment_fingerprint)
     assert (detail.record.stage, len(detail.lineage) > 5) == ("deploy", True)
     assert moestro.read_experts("mix").num_experts == 3
-    for _ in range(2):
-        moestro.register_version("assistant", module.RegisterRequest(deployment=deployment_fingerprint))
+    for letter in "ab":
+        moestro.register_version("assistant", module.RegisterRequest(deployment=deployed(letter)))
     canary = moestro.promote_version("assistant", module.PromoteRequest(share=0.1))
     assert (canary.version, canary.canary_share) == ("2", 0.1)
     done = moestro.promote_version("assistant", module.PromoteRequest(version="2"))
     assert done.aliases == {"champion": "2", "previous": "1"}
     assert moestro.roll_back("assistant").aliases["champion"] == "1"
     assert [one.version for one in moestro.read_model("assistant").versions] == ["2", "1"]
-    assert [entry.action for entry in moestro.read_audit(limit=2)] == ["rollback ", "promote"]
+    assert [entry.action for entry in moestro.read_audit(limit=2)] == ["rollback", "promote"]
+
+
+def test_it_asks_models_and_reads_what_they_do(api: Any, client: tuple[Any, Any], deployment_fingerprint: str) -> None:
+    module, moestro = client
+    moestro.register_version("assistant", module.RegisterRequest(deployment=deployment_fingerprint))
+    api.wait_for({"1": "serving"})
+    assert {card.id for card in moestro.list_served_models().data} >= {"assistant", "assistant@champion"}
+    completion = moestro.create_completion(module.CompletionRequest(model="assistant", prompt="12 + 7 ="))
+    assert (completion.choices[0].text, completion.usage.completion_tokens) == (" 19", 2)
+    message = module.Message(role="user", content="What is 12 + 7?")
+    chat = moestro.create_chat_completion(module.ChatRequest(model="assistant@champion", messages=[message]))
+    assert chat.choices[0].message.content == " 19"
+    assert moestro.read_readiness().ready
+    with pytest.raises(module.ApiError) as unknown:
+        moestro.create_completion(module.CompletionRequest(model="nothing", prompt=""))
+    assert (unknown.value.status, unknown.value.body.error.code) == (404, "model_not_found")
 
 
 def test_it_starts_and_stops_a_lifecycle(api: Any, client: tuple[Any, Any]) -> None:
@@ -226,7 +244,9 @@ def test_every_operation_is_in_it(api: Any, source: str) -> None:
     tree = ast.parse(source)
     (made,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Client")
     methods = {node.name for node in made.body if isinstance(node, ast.FunctionDef)}
-    assert methods - {"__init__", "_call"} == {item["operationId"] for _, _, item in operations(api.app.openapi())}
+    assert methods - {"__init__", "_call"} == {
+        item["operationId"] for _, _, item in operations(api.assembled.described())
+    }
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """/api over a home's records: pages, lineage, experts, deployments."""
 
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -50,18 +51,25 @@ def test_experts_are_those_of_the_profile(admin: httpx.Client) -> None:
 
 
 def test_deployments_say_how_they_are_served(
-    api: Any, admin: httpx.Client, deployment_fingerprint: str, fake_replica: Any
+    api: Any, admin: httpx.Client, deployed: Callable[..., str], fixed_server: Any, upstream: Any
 ) -> None:
+    def states() -> dict[str, tuple[str, str]]:
+        return {one["fingerprint"]: (one["state"], one["version"]) for one in admin.get("/api/deployments").json()}
+
     (listed,) = admin.get("/api/deployments").json()
     assert (listed["name"], listed["state"], listed["version"]) == ("assistant", "not served", "")
-    api.fleet.running += [
-        fake_replica("assistant", "1", deployment_fingerprint, state="draining"),
-        fake_replica("assistant", "2", deployment_fingerprint),
-    ]
-    (listed,) = admin.get("/api/deployments").json()
-    assert (listed["state"], listed["version"]) == ("serving", "2")
-    api.fleet.running.pop()
-    assert admin.get("/api/deployments").json()[0]["state"] == "draining"
+    api.servers["1"] = fixed_server(upstream)
+    first, second = deployed("a"), deployed("b")
+    admin.post("/api/models/assistant/versions", json={"deployment": first})
+    api.wait_for({"1": "serving"})
+    assert states() == {listed["fingerprint"]: ("not served", ""), first: ("serving", "1"), second: ("not served", "")}
+    with admin.stream("POST", "/v1/completions", json={"model": "assistant", "prompt": "endless", "stream": True}):
+        for number, fingerprint in (("2", second), ("3", deployed("c"))):
+            admin.post("/api/models/assistant/versions", json={"deployment": fingerprint})
+            api.wait_for({number: "serving"})
+            admin.post("/api/models/assistant/promote", json={"version": number})
+        api.wait_for({"1": "draining", "2": "serving"})
+        assert (states()[first], states()[second]) == (("draining", "1"), ("serving", "2"))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +78,7 @@ def test_deployments_say_how_they_are_served(
         ("/api/runs/nothing", 404, "InputError"),
         ("/api/runs/nothing/steps", 404, "InputError"),
         ("/api/artifacts/ffffffff", 404, "ArtifactError"),
-        ("/api/artifacts/..%2F..", 404, "HTTPError"),
+        ("/api/artifacts/..%2F..", 400, "HTTPError"),
         ("/api/artifacts/%2e%2e", 400, "HTTPError"),
         ("/api/artifacts/%00", 400, "HTTPError"),
         ("/api/experts/seed", 404, "ArtifactError"),
@@ -86,5 +94,11 @@ def test_mistakes_are_worded(admin: httpx.Client, path: str, status: int, kind: 
 
 def test_folders_are_not_read_over_http(admin: httpx.Client, built_home: Home) -> None:
     folder = Catalog(built_home).entry("mix").path
-    for reference in (str(folder), str(folder).replace("/", "%2F"), "%2F" + folder.name):
-        assert admin.get(f"/api/artifacts/{reference}").status_code == 404
+    for reference, status in (
+        (str(folder), 400),
+        (str(folder)[1:], 404),
+        (str(folder).replace("/", "%2F"), 400),
+        ("%2F" + folder.name, 400),
+        (folder.name + "%2F", 404),
+    ):
+        assert admin.get(f"/api/artifacts/{reference}").status_code == status, reference

@@ -46,7 +46,7 @@ def test_configs_are_those_of_the_operator(api: Any, admin: httpx.Client) -> Non
     assert admin.get("/api/configs/small").json()["config"]["branch"]["training"]["steps"] == 20
     assert admin.get("/api/configs/broken").status_code == 400
     assert admin.get("/api/configs/other").status_code == 404
-    assert admin.get("/api/configs/..%2Fprogram").status_code == 404
+    assert admin.get("/api/configs/..%2Fprogram").status_code == 400
 
 
 def test_a_lifecycle_runs_to_its_end(api: Any, admin: httpx.Client) -> None:
@@ -57,7 +57,7 @@ def test_a_lifecycle_runs_to_its_end(api: Any, admin: httpx.Client) -> None:
     assert (ended["state"], ended["config"], ended["actor"], ended["error"]) == (
         "completed",
         "small",
-        "key-admin",
+        api.keys["admin"].id,
         None,
     )
     assert [(step["name"], step["status"]) for step in ended["steps"]] == [
@@ -67,8 +67,8 @@ def test_a_lifecycle_runs_to_its_end(api: Any, admin: httpx.Client) -> None:
     assert admin.get(f"/api/runs/{ended['run']}").json()["status"] == "completed"
     (listed,) = admin.get("/api/lifecycles").json()
     assert listed == {key: value for key, value in ended.items() if key not in {"steps", "error"}}
-    (entry,) = api.audit.entries
-    assert (entry.actor, entry.action, entry.target) == ("key-admin", "lifecycle.start", made["id"])
+    (entry,) = api.audit
+    assert (entry.actor, entry.action, entry.target) == (ended["actor"], "lifecycle.start", made["id"])
     assert entry.details == {"config": "small", "changes": {}}
 
 
@@ -113,7 +113,7 @@ def test_no_request_reaches_files_or_code(api: Any, admin: httpx.Client, changes
     answer = admin.post("/api/lifecycles", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400, answer.text
     assert admin.get("/api/lifecycles").json() == []
-    assert api.audit.entries == []
+    assert api.audit == []
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_stopping_is_ctrl_c(api: Any, admin: httpx.Client) -> None:
     assert (ended["state"], ended["steps"][0]["status"]) == ("cancelled", "cancelled")
     again = admin.delete(f"/api/lifecycles/{made['id']}")
     assert (again.status_code, again.json()["state"]) == (200, "cancelled")
-    assert api.audit.entries[0].action == "lifecycle.stop"
+    assert api.audit[0].action == "lifecycle.stop"
 
 
 def test_one_that_was_killed_is_lost(api: Any, admin: httpx.Client) -> None:
@@ -265,7 +265,7 @@ def test_pages_go_on_after_the_last_id(api: Any, admin: httpx.Client) -> None:
     [
         ("/api/lifecycles/20260102-030400-000001", 404),
         ("/api/lifecycles/20260102-030400-000001/events", 404),
-        ("/api/lifecycles/..%2F..%2Fruns", 404),
+        ("/api/lifecycles/..%2F..%2Fruns", 400),
         ("/api/lifecycles/start.lock", 400),
         ("/api/lifecycles?after=..", 400),
     ],
