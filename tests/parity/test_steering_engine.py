@@ -193,7 +193,9 @@ def ask(engine: SteeredEngine, prompt: list[int], name: str | None, *, salted: b
     """One greedy answer on top of what is cached, and how many tokens came from the cache."""
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0)
+    params = SamplingParams(
+        max_tokens=6, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=0, flat_logprobs=True
+    )
     with engine._following([prompt], [name]):
         requests, own = engine._requests([prompt], params)
     if not salted:

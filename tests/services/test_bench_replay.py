@@ -81,7 +81,9 @@ def test_missing_rows_are_counted(source: Path) -> None:
 
 
 def test_costs_have_their_figures_and_vllms_own_reload_fails_the_check(source: Path, tmp_path: Path) -> None:
-    config = RlConfig(task=TASK, steps=1, prompts_per_step=4, num_generations=4, max_tokens=6, micro_batch_size=8)
+    config = RlConfig(
+        task=TASK, steps=cost.BATCHES, prompts_per_step=4, num_generations=4, max_tokens=6, micro_batch_size=8
+    )
     costs = cost.measure(config, source, tmp_path, rounds=2)
     assert costs.difference <= cost.MAX_DIFFERENCE < costs.control
     assert costs.bytes_per_token == costs.expected_bytes == 4
@@ -113,7 +115,7 @@ def test_every_side_of_the_costs_samples_the_same_tokens(
 
     monkeypatch.setattr(cost.BareEngine, "bare", kept_bare)
     monkeypatch.setattr(cost.BareEngine, "generate", kept_generate)
-    config = RlConfig(task=TASK, steps=1, prompts_per_step=3, num_generations=4, max_tokens=6)
+    config = RlConfig(task=TASK, steps=cost.BATCHES, prompts_per_step=3, num_generations=4, max_tokens=6)
     cost.measure(config, source, tmp_path, rounds=2)
     assert len(asked) >= 7
     assert all(tokens == asked[0] for tokens in asked)

@@ -151,6 +151,7 @@ class VllmEngine:
             stop_token_ids=sampling.stop_token_ids,
             ignore_eos=True,
             logprobs=0,
+            flat_logprobs=True,
             detokenize=False,
         )
         outputs = self._run(prompts, params, sampling.seed)
@@ -216,12 +217,9 @@ class VllmEngine:
             )
 
     def _completion(self, prompt_length: int, answer: Any) -> Completion:
-        token_ids = list(answer.token_ids)
-        logprobs = [step[token].logprob for token, step in zip(token_ids, answer.logprobs, strict=True)]
-        rows = prompt_length + len(token_ids) - 1
-        return Completion(
-            token_ids, np.array(logprobs, np.float32), self._routes(answer.routed_experts, rows), answer.finish_reason
-        )
+        token_ids, logprobs = list(answer.token_ids), np.array(answer.logprobs.logprobs, np.float32)
+        routes = self._routes(answer.routed_experts, prompt_length + len(token_ids) - 1)
+        return Completion(token_ids, logprobs, routes, answer.finish_reason)
 
     def _scored(self, sequence: list[int], output: Any) -> Scored:
         steps = zip(sequence[1:], output.prompt_logprobs[1:], strict=True)

@@ -99,10 +99,11 @@ def check_routes(routes: Any, *, rows: int, shape: RoutingShape) -> np.ndarray:
     expected = (rows, shape.num_layers, shape.num_experts_per_tok)
     if routes_RLK.shape != expected:
         raise ResourceError(f"The engine returned routing of shape {routes_RLK.shape} where {expected} is due.")
-    routes_RLK = np.delete(routes_RLK, shape.dense_layers, axis=1)
-    strange = routes_RLK[(routes_RLK < 0) | (routes_RLK >= shape.num_experts)]
-    if strange.size:
-        raise ResourceError(f"The engine routed to expert {int(strange[0])} of {shape.num_experts}: no real capture.")
+    if shape.dense_layers:
+        routes_RLK = np.delete(routes_RLK, shape.dense_layers, axis=1)
+    for expert in (int(routes_RLK.min(initial=0)), int(routes_RLK.max(initial=0))):
+        if not 0 <= expert < shape.num_experts:
+            raise ResourceError(f"The engine routed to expert {expert} of {shape.num_experts}: no real capture.")
     ordered_RLK = np.sort(routes_RLK, axis=-1)
     repeated_RL = (ordered_RLK[..., 1:] == ordered_RLK[..., :-1]).any(axis=-1)
     if repeated_RL.any():

@@ -27,6 +27,7 @@ class Ahead:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._sampler.records.close()
 
     def take(self, step: int) -> Sampled:
         """The rollouts of `step` (from 0); those that its policy samples for a later one are begun.
@@ -35,7 +36,7 @@ class Ahead:
         """
         for early in range(step, min(step + max(1, self._staleness), self._steps)):
             self._obtain(early, step)
-        sampled = self._sampler.obtain(self._engine, step, version=step)  # is on disk now
+        sampled = self._sampler.obtain(self._engine, step, version=step)  # is there now
         later = step + self._staleness
         if self._staleness and later < self._steps:
             if self._engine.concurrent:
@@ -45,10 +46,12 @@ class Ahead:
         return sampled
 
     def settle(self) -> None:
-        """Wait until nothing is sampled any more: the engine may take new weights. Raises what sampling raised."""
+        """Wait until nothing is sampled any more and all is on disk: the policy may change. Raises what sampling or
+        writing raised."""
         if self._running is not None:
             self._running.result()
             self._running = None
+        self._sampler.records.settle()
 
     def _obtain(self, step: int, version: int) -> Sampled:
         sampled = self._sampler.obtain(self._engine, step, version=version)

@@ -11,6 +11,8 @@ completions, L layers, K chosen experts.
 
 import json
 import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,41 @@ def write_record(folder: Path, record: RolloutRecord) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+class Writer:
+    """Writes records to a folder, one after the other, beside whoever goes on with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._begun: dict[int, tuple[RolloutRecord, Future[None]]] = {}
+
+    def begin(self, record: RolloutRecord, after: Callable[[], None] | None = None) -> None:
+        """Have `record` written, and `after` called once it is on disk."""
+
+        def write() -> None:
+            write_record(self.folder, record)
+            if after is not None:
+                after()
+
+        self._begun[record.provenance.step] = record, self._pool.submit(write)
+
+    def begun(self, step: int) -> RolloutRecord | None:
+        """The record of `step` (from 1) if it may not be on disk yet."""
+        record, _ = self._begun.get(step, (None, None))
+        return record
+
+    def settle(self) -> None:
+        """Wait until all are on disk; raises what `write_record` raised."""
+        while self._begun:
+            step = next(iter(self._begun))
+            self._begun[step][1].result()
+            del self._begun[step]
+
+    def close(self) -> None:
+        """Write what was begun, and end. No record can be begun after this."""
+        self._pool.shutdown()
 
 
 def find_record(folder: Path, step: int) -> Path | None:

@@ -15,7 +15,7 @@ from moestro.errors import InputError
 from moestro.inference.engine import Completion, Engine, Sampling
 from moestro.rl.advantages import advantages, group_std
 from moestro.rl.curriculum import Curriculum, derived_seed
-from moestro.rl.records import Provenance, RolloutRecord, find_record, read_record, write_record
+from moestro.rl.records import Provenance, RolloutRecord, Writer, find_record, read_record, write_record
 from moestro.rl.rewards import Answered, Judge, Verdicts
 from moestro.rl.rollouts import Rollouts, collate
 
@@ -45,18 +45,21 @@ class Sampler:
     curriculum: Curriculum
     judge: Judge
     tokenizer: Any
-    folder: Path
-    """Where records lie."""
+    records: Writer
     model: str
     """Identity of the model that the stage began with."""
 
     def obtain(self, engine: Engine, step: int, *, version: int) -> Sampled:
         """The rollouts of `step` (from 0), from disk, or by an engine whose policy has had `version` updates.
 
-        What users' rewards are asked about is kept first: if one fails, or the run dies meanwhile, it is not sampled
-        again. Raises `InputError` if rollouts on disk are damaged or not of that policy, or what a reward raises.
+        They are on disk once `records` has settled, which has to be before that policy is gone. What users' rewards
+        are asked about is kept first: if one fails, or the run dies meanwhile, it is not sampled again. Raises
+        `InputError` if rollouts on disk are damaged or not of that policy, or what a reward raises.
         """
-        found = find_record(self.folder, step + 1)
+        begun = self.records.begun(step + 1)
+        if begun is not None:
+            return Sampled(begun, None)
+        found = find_record(self.records.folder, step + 1)
         if found is not None:
             return Sampled(self._read(found, step), None)
         kept = find_record(self._unjudged, step + 1)
@@ -65,14 +68,12 @@ class Sampler:
         if sampled_here and self.judge.may_fail:
             kept = write_record(self._unjudged, raw)
         record = replace(raw, verdicts=self._verdicts(raw, step))
-        write_record(self.folder, record)
-        if kept is not None:
-            kept.unlink()
+        self.records.begin(record, None if kept is None else kept.unlink)
         return Sampled(record, time.monotonic() - started if sampled_here else None)
 
     @property
     def _unjudged(self) -> Path:
-        return self.folder.with_name(UNJUDGED)
+        return self.records.folder.with_name(UNJUDGED)
 
     def _provenance(self, step: int) -> Provenance:
         """What the rollouts of `step` (from 0) have to come from."""
@@ -92,7 +93,8 @@ class Sampler:
         if other:
             told = ", ".join(f"{name} {value} and not {wanted[name]}" for name, value in other.items())
             raise InputError(
-                f"{path} holds rollouts of another policy: {told}.", hint=f"Delete {self.folder.parent} to begin anew."
+                f"{path} holds rollouts of another policy: {told}.",
+                hint=f"Delete {self.records.folder.parent} to begin anew.",
             )
         return record
 
@@ -101,7 +103,7 @@ class Sampler:
         if version != provenance.policy_version:
             raise InputError(
                 f"The rollouts of rl step {step + 1} are gone, and so is the policy that sampled them.",
-                hint=f"Delete {self.folder.parent} to begin anew.",
+                hint=f"Delete {self.records.folder.parent} to begin anew.",
             )
         sampling = Sampling(
             n=config.num_generations,

@@ -31,6 +31,7 @@ from moestro.rl.history import History
 from moestro.rl.preferences import dpo
 from moestro.rl.preflight import preflight, require_alignment
 from moestro.rl.probe import Agreement, pick, require_agreement, verify_refresh
+from moestro.rl.records import Writer
 from moestro.rl.rewards import Judge
 from moestro.rl.rollouts import Rollouts
 from moestro.rl.routing import Mode, choose
@@ -119,7 +120,7 @@ def _prepare(config: RlConfig, policy: PreTrainedModel, source: Path, moe: bool,
         config,
         job,
         Learner(policy, optimizer, schedule, config, mode, reference),
-        Sampler(config, curriculum, judge, tokenizer, job.scratch / ROLLOUTS, identity),
+        Sampler(config, curriculum, judge, tokenizer, Writer(job.scratch / ROLLOUTS), identity),
         source,
         moe,
         returned_routing(source, longest) is not None,

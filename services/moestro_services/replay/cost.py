@@ -25,6 +25,7 @@ from moestro.inference.routes import require_routing
 from moestro.models.checkpoint import load_model, save_model
 from moestro.rl.curriculum import build_curriculum, derived_seed
 from moestro.rl.probe import agreement, pick
+from moestro.rl.records import Writer
 from moestro.rl.rewards import Judge
 from moestro.rl.rollouts import Rollouts
 from moestro.rl.sampling import Sampler, as_batch
@@ -35,6 +36,7 @@ from moestro_kernels.timing import Ratio, Timing, interleaved, ratio
 from moestro_services.replay.models import quickstart
 
 ROUNDS = 11
+BATCHES = 4
 MAX_UPDATE = 1.05
 MIN_CAPTURE = 0.95
 MIN_THROUGHPUT = 0.95
@@ -51,7 +53,7 @@ class Costs:
     refresh: Timing
     verify: Timing
     tokens: int
-    """Completion tokens of a batch of rollouts."""
+    """Completion tokens of all batches of rollouts."""
     bytes_per_token: float
     expected_bytes: int
     difference: float
@@ -79,14 +81,15 @@ def measure(config: RlConfig, source: Path, folder: Path, rounds: int) -> Costs:
         max_positions=int(model.config.max_position_embeddings),
         vocab_size=int(model.config.vocab_size),
     )
-    sampler = Sampler(config, curriculum, Judge(config.rewards, task), tokenizer, folder / "records", "bench")
+    sampler = Sampler(config, curriculum, Judge(config.rewards, task), tokenizer, Writer(folder / "records"), "bench")
     length = curriculum.longest_prompt + config.max_tokens + 1
     with (
         closing(_engine(source, length, routes=True)) as capturing,
         closing(_engine(source, length, routes=False)) as plain,
     ):
-        sampled = sampler.obtain(capturing, 0, version=0)
-        batch = as_batch(config, sampled.record)
+        sampled = [sampler.obtain(capturing, step, version=step) for step in range(BATCHES)]
+        sampler.records.settle()
+        batch = as_batch(config, sampled[0].record)
         rollout = interleaved(_rollouts(sampler, capturing, plain), seconds=0.0, min_rounds=rounds)
         sequences = _sequences(batch, length - 1)
         refresh, verify, difference = _refresh(capturing, model, source, folder, sequences, rounds)
@@ -98,8 +101,8 @@ def measure(config: RlConfig, source: Path, folder: Path, rounds: int) -> Costs:
         rollout=rollout,
         refresh=refresh,
         verify=verify,
-        tokens=sampled.tokens,
-        bytes_per_token=_captured_bytes(sampled.record.groups),
+        tokens=sum(batch.tokens for batch in sampled),
+        bytes_per_token=_captured_bytes(sampled[0].record.groups),
         expected_bytes=(shape.num_layers - len(shape.dense_layers)) * shape.num_experts_per_tok,
         difference=difference,
         control=control,
@@ -137,25 +140,34 @@ def _engine(source: Path, length: int, *, routes: bool) -> BareEngine:
 
 
 def _rollouts(sampler: Sampler, capturing: BareEngine, plain: BareEngine) -> dict[str, Callable[[], object]]:
-    prompts, config = sampler.curriculum.prompts[0], sampler.config
-    sampling = Sampling(
-        n=config.num_generations,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        seed=derived_seed(config.seed, 0, "sampling"),
-        stop_token_ids=sampler.curriculum.stop_token_ids,
-    )
+    """`BATCHES` batches in a loop, the same in each way; the last record is on disk before the clock stops."""
+    config, steps = sampler.config, range(BATCHES)
+    samplings = [
+        Sampling(
+            n=config.num_generations,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            seed=derived_seed(config.seed, step, "sampling"),
+            stop_token_ids=sampler.curriculum.stop_token_ids,
+        )
+        for step in steps
+    ]
 
-    def through_moestro() -> object:
-        for record in sampler.folder.glob("*.npz"):
+    def through_moestro() -> None:
+        for record in sampler.records.folder.glob("*.npz"):
             record.unlink()
-        return sampler.obtain(capturing, 0, version=0)
+        for step in steps:
+            sampler.obtain(capturing, step, version=step)
+        sampler.records.settle()
 
-    return {
-        "through Moestro": through_moestro,
-        "bare vLLM, capturing": lambda: capturing.bare(prompts, sampling),
-        "bare vLLM": lambda: plain.bare(prompts, sampling),
-    }
+    def bare(engine: BareEngine) -> Callable[[], None]:
+        def loop() -> None:
+            for step in steps:
+                engine.bare(sampler.curriculum.prompts[step], samplings[step])
+
+        return loop
+
+    return {"through Moestro": through_moestro, "bare vLLM, capturing": bare(capturing), "bare vLLM": bare(plain)}
 
 
 def _updates(config: RlConfig, source: Path, batch: Rollouts) -> dict[str, Callable[[], object]]:
@@ -219,7 +231,7 @@ def report(costs: Costs) -> dict[str, Any]:
     capture = ratio(costs.rollout["bare vLLM"], costs.rollout["bare vLLM, capturing"])
     through = ratio(costs.rollout["bare vLLM, capturing"], costs.rollout["through Moestro"])
     whole = ratio(costs.rollout["bare vLLM"], costs.rollout["through Moestro"])
-    step = costs.rollout["through Moestro"].median + costs.update["r3"].median
+    step = costs.rollout["through Moestro"].median / BATCHES + costs.update["r3"].median
     share = costs.refresh.median / (step + costs.refresh.median + costs.verify.median)
     speeds = {name: costs.tokens / timing.median for name, timing in costs.rollout.items()}
     return {
@@ -244,8 +256,8 @@ def report(costs: Costs) -> dict[str, Any]:
         ],
         "bounds": _bounds(costs, replay, capture, through, whole, share),
         "notes": [
-            f"{costs.tokens} completion tokens a batch; medians of rounds in turn, quartiles in brackets; float32.",
-            "Through Moestro: sampled with capture, decoded, judged and recorded on disk.",
+            f"{costs.tokens} completion tokens in a loop of {BATCHES} batches; medians of rounds in turn, quartiles in "
+            "brackets; float32. Through Moestro: sampled with capture, decoded, judged and recorded on disk.",
             "The engine is in this process, as in `moestro stage rl`. In a lifecycle it is in a Ray actor, with one "
             "node too: what crossing over to it costs is not in these figures.",
         ],

@@ -15,9 +15,9 @@ from moestro.inference.engine import Completion, EngineConfig
 from moestro.rl.ahead import Ahead
 from moestro.rl.curriculum import build_curriculum
 from moestro.rl.engine import TenaciousEngine, count_restarts
-from moestro.rl.records import find_record, read_record
+from moestro.rl.records import Writer, find_record, read_record
 from moestro.rl.rewards import Judge
-from moestro.rl.sampling import Sampler
+from moestro.rl.sampling import Sampled, Sampler
 
 TASK = TaskConfig(name="chain_sum", arguments={"max_terms": 2, "max_digits": 1})
 STEPS = 4
@@ -60,11 +60,18 @@ def sampler(folder: Path, staleness: int, **fields) -> Sampler:
     task = Task.open(TASK)
     curriculum = build_curriculum(config, task, tokenizer, max_positions=128, vocab_size=288)
     folder.mkdir(exist_ok=True)
-    return Sampler(config, curriculum, Judge(config.rewards, task), tokenizer, folder / "rollouts", "abc")
+    return Sampler(config, curriculum, Judge(config.rewards, task), tokenizer, Writer(folder / "rollouts"), "abc")
 
 
 def engine(fake: FakeEngine, log: Path = Path("/nowhere")) -> TenaciousEngine:
     return TenaciousEngine(lambda _folder, _config: fake, Path("policy"), EngineConfig(), log=log)
+
+
+def obtained(asked: Sampler, tenacious: TenaciousEngine, step: int) -> Sampled:
+    """Rollouts by the policy that the stage began with, on disk."""
+    sampled = asked.obtain(tenacious, step, version=0)
+    asked.records.settle()
+    return sampled
 
 
 def versions(folder: Path) -> list[int]:
@@ -93,6 +100,7 @@ def test_the_trainer_need_not_wait_for_what_it_will_learn_later(tmp_path):
     made = sampler(tmp_path, 1)
     with Ahead(made, engine(fake)) as ahead:
         made.obtain(engine(fake), 0, version=0)
+        made.records.settle()
         fake.go.clear()
         first = ahead.take(0)  # returns although the engine does not answer for the second step
         assert first.record.provenance.step == 1
@@ -147,7 +155,7 @@ def test_rollouts_of_a_policy_that_is_gone_are_not_sampled_from_another(tmp_path
 def test_records_of_another_policy_are_refused(tmp_path, other, words):
     fake = FakeEngine()
     fake.go.set()
-    sampler(tmp_path, 1).obtain(engine(fake), 1, version=0)
+    obtained(sampler(tmp_path, 1), engine(fake), 1)
     changed = {"staleness": 1} | other
     model = changed.pop("model", "abc")
     made = replace(sampler(tmp_path, **changed), model=model)
@@ -174,10 +182,10 @@ def test_what_a_reward_failed_on_is_judged_again_and_not_sampled_again(tmp_path)
         sampler(tmp_path / "cut", 0, rewards=rewards).obtain(engine(fake), 0, version=0)
     assert len(fake.asked) == 1
     (tmp_path / "up").touch()
-    resumed = sampler(tmp_path / "cut", 0, rewards=rewards).obtain(engine(fake), 0, version=0)
+    resumed = obtained(sampler(tmp_path / "cut", 0, rewards=rewards), engine(fake), 0)
     assert len(fake.asked) == 1
     assert resumed.seconds is None
-    whole = sampler(tmp_path / "whole", 0, rewards=rewards).obtain(engine(fake), 0, version=0)
+    whole = obtained(sampler(tmp_path / "whole", 0, rewards=rewards), engine(fake), 0)
     assert whole.seconds is not None
     names = [find_record(tmp_path / base / "rollouts", 1).name for base in ("cut", "whole")]
     assert names[0] == names[1]  # of which its contents' digest is part
@@ -187,5 +195,28 @@ def test_what_a_reward_failed_on_is_judged_again_and_not_sampled_again(tmp_path)
 def test_what_ships_cannot_fail_and_is_not_kept_twice(tmp_path):
     fake = FakeEngine()
     fake.go.set()
-    sampler(tmp_path, 0).obtain(engine(fake), 0, version=0)
+    obtained(sampler(tmp_path, 0), engine(fake), 0)
     assert not (tmp_path / "unjudged").exists()
+
+
+def test_what_is_being_written_is_answered_from_memory_and_gone_from_it_once_on_disk(tmp_path):
+    fake = FakeEngine()
+    fake.go.set()
+    made = sampler(tmp_path, 0)
+    first = made.obtain(engine(fake), 0, version=0)
+    assert made.obtain(engine(fake), 0, version=0).record is first.record
+    made.records.settle()
+    again = made.obtain(engine(fake), 0, version=0)
+    assert again.record is not first.record
+    assert again.record.groups[0][0].token_ids == first.record.groups[0][0].token_ids
+    assert len(fake.asked) == 1
+
+
+def test_what_cannot_be_written_stops_the_run_before_its_policy_changes(tmp_path):
+    fake = FakeEngine()
+    fake.go.set()
+    (tmp_path / "rollouts").touch()
+    with Ahead(sampler(tmp_path, 0), engine(fake)) as ahead:
+        ahead.take(0)
+        with pytest.raises(FileExistsError):
+            ahead.settle()
