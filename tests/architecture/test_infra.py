@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
@@ -78,10 +81,30 @@ def test_compose_services_depend_on_services_and_use_volumes_that_are_declared()
         assert set(service.get("secrets", [])) <= set(compose.get("secrets", {})), name
 
 
+def pinned() -> dict[str, str]:
+    lines = (INFRA / "requirements.lock").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_what_is_pinned_fits_the_python_that_debian_has() -> None:
+    """Nothing wants a later one, and what is needed before a later one is pinned too."""
+    debian = "3.11.2"
+    unfit, missing = [], []
+    for name in pinned():
+        found = distribution(name)
+        if debian not in SpecifierSet(found.metadata["Requires-Python"] or ""):
+            unfit.append(name)
+        for requirement in map(Requirement, found.requires or ()):
+            marker = requirement.marker
+            if marker is None or "python_full_version" not in str(marker):
+                continue
+            if marker.evaluate({"python_full_version": debian, "extra": ""}) and requirement.name not in pinned():
+                missing.append(f"{name} needs {requirement}")
+    assert (unfit, missing) == ([], [])
+
+
 def test_images_follow_the_pinned_versions() -> None:
-    pins = dict(
-        line.split("==") for line in (INFRA / "requirements.lock").read_text().splitlines() if not line.startswith("#")
-    )
+    pins = pinned()
     (cluster,) = [document for document in documents("raycluster.yaml") if document["kind"] == "RayCluster"]
     assert cluster["spec"]["rayVersion"] == pins["ray"]
     torch = re.search(r"torch==([\d.]+)", (INFRA / "Containerfile").read_text())
