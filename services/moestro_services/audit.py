@@ -19,8 +19,6 @@ from moestro.artifacts import disk_space_errors, exclusive, sync
 from moestro.errors import ConfigError
 from moestro_flows.home import Home
 
-COMMAND_LINE = "cli"
-"""The actor of changes made with the `moestro` command."""
 UNREADABLE = "unreadable"
 """The action of an entry that stands for a damaged line; its target names the line."""
 REMOVED = "[removed]"

@@ -8,6 +8,7 @@ from typing import Any
 from moestro.artifacts import Artifact, ArtifactStore
 from moestro.errors import ArtifactError, InputError
 from moestro.registry import ModelVersion, RegisteredModel
+from moestro.registry.model_versions import CHALLENGER
 from moestro_services.served import DEPLOYMENT_NAME, describe
 
 DIGITS = 16
@@ -71,7 +72,7 @@ def meant(model: RegisteredModel, reference: str) -> ModelVersion:
             return version
     names = [f"@{alias} ({number})" for alias, number in sorted(model.aliases.items())]
     numbers = [version.version for version in model.versions]
-    raise InputError(
-        f"{model.name} has no version or alias {reference!r}.",
-        hint=f"There are the versions {', '.join(numbers)}" + (f", and {', '.join(names)}." if names else "."),
-    )
+    hint = f"There are the versions {', '.join(numbers)}" + (f", and {', '.join(names)}." if names else ".")
+    if reference == CHALLENGER:
+        hint += " The next deployment becomes the challenger: `moestro deploy`, or a lifecycle with another config."
+    raise InputError(f"{model.name} has no version or alias {reference!r}.", hint=hint)

@@ -67,7 +67,9 @@ def test_promote_and_rollback_tell_what_they_did(three: Deploying) -> None:
     printed = run("rollback", "assistant", "--reason", "too slow")
     assert printed == "assistant@3 was rolled back.\nassistant: @champion 1, @previous 3\n"
     assert told("rollback", "assistant")["aliases"] == {"champion": "3", "previous": "1"}
-    assert "assistant@2 is a canary now." in run("promote", "assistant@2", "--share", "0.125")
+    printed = run("promote", "assistant@2", "--share", "0.125")
+    assert "assistant@2 is a canary now.\n" in printed
+    assert "assistant: @challenger 2 (gets 12.50% of the requests), @champion 3, @previous 1\n" in printed
     actions = [(entry.action, entry.actor.startswith("cli:")) for entry in Audit.of(three.home).read(6)]
     assert [action for action, _ in actions[::-1]] == ["promote"] * 3 + ["rollback"] * 2 + ["promote"]
     assert all(typed for _, typed in actions)
@@ -205,6 +207,9 @@ def test_an_artifact_of_the_home_needs_no_copy(deploying: Deploying, gate: Gate,
     done = told("deploy", "compress", *outside[1:])
     assert gate.seen == [("compress", ["code"])]
     assert done["aliases"] == {"champion": "1"}
+    alone = mistake("promote", "helper")
+    assert "no version or alias 'challenger'" in alone.message
+    assert "`moestro deploy`" in alone.hint
     assert not (deploying.home.path / "artifacts" / "files").exists()
 
 
@@ -219,6 +224,19 @@ def test_a_refusal_of_the_gates_registers_nothing_and_is_written_down(
     assert (entry.action, entry.target, entry.details["outcome"]) == ("deploy", "helper", "refused")
     assert gate.refusal in entry.details["message"]
     assert not (deploying.home.path / "artifacts" / "files").exists()
+
+
+def test_a_config_may_bear_its_stages_name_and_tokens_may_be_a_fingerprint(
+    deploying: Deploying, gate: Gate, outside: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "deploy.yaml").write_text("deploy: {name: helper, max_model_len: 256}")
+    folder = told("deploy", *outside)["fingerprint"]
+    checkpoint = deploying.home.store.find("deploy", folder)
+    assert checkpoint
+    tokens = f"code={checkpoint.fingerprint[:16]}"  # any artifact of this home
+    assert told("deploy", *outside[:3], "--tokens", tokens)["name"] == "helper"
+    assert gate.seen == [("files", ["code"])] * 2
+    assert "No artifact 'cafe'" in mistake("deploy", *outside[:3], "--tokens", "code=cafe").message
 
 
 def test_without_tokens_those_of_the_lifecycle_are_taken(

@@ -14,6 +14,7 @@ from moestro.errors import ConfigError, InputError, MoestroError
 from moestro_flows.home import Home
 from moestro_services.audit import Audit
 from moestro_services.cli.app import app
+from moestro_services.cli.promote import actor
 from moestro_services.gateway import keys as keys_module
 from moestro_services.gateway.access import check_exposure, is_loopback
 from moestro_services.gateway.caller import Scope
@@ -231,8 +232,8 @@ def test_beyond_loopback_there_must_be_a_live_key(ring: KeyRing) -> None:
         check_exposure(host, None)
         check_exposure(host, ring)
     for host in ("0.0.0.0", "::", "gateway.example", "10.0.0.1"):
-        for keys in (None, ring):
-            with pytest.raises(ConfigError, match="no API key"):
+        for keys, words in ((None, "have to bear a key.*Leave out --no-auth"), (ring, "no API key")):
+            with pytest.raises(ConfigError, match=words):
                 check_exposure(host, keys)
     ring.create("ci", [Scope.READ])
     check_exposure("0.0.0.0", ring)
@@ -253,6 +254,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     return Home.current()
 
 
+def test_a_script_can_take_the_key_from_standard_output(home: Home) -> None:
+    found = opens(KeyRing.of(home), run("create", "ci").strip())
+    assert found is not None
+    assert found.name == "ci"
+
+
 def test_a_key_is_created_shown_once_listed_and_revoked(home: Home) -> None:
     made = json.loads(run("create", "ci", "--scope", "infer", "--scope", "read", "--tokens-per-minute", "0", "--json"))
     assert made["scopes"] == ["read", "infer"]
@@ -266,7 +273,7 @@ def test_a_key_is_created_shown_once_listed_and_revoked(home: Home) -> None:
     assert json.loads(run("revoke", "ci", "--json"))["revoked_at"]
     assert opens(KeyRing.of(home), made["key"]) is None
     entries = [(entry.actor, entry.action, entry.target) for entry in Audit.of(home).read(10)]
-    assert entries == [("cli", "keys.revoke", made["id"]), ("cli", "keys.create", made["id"])]
+    assert entries == [(actor(), "keys.revoke", made["id"]), (actor(), "keys.create", made["id"])]
     assert made["key"].encode() not in everything(home.path)
 
 

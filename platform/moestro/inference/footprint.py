@@ -54,6 +54,7 @@ def _peak(pid: int) -> int:
 def machine(threads: int | None) -> str:
     """What times on this machine can be compared with: architecture, processor, cores, memory, accelerators, threads.
 
+    Without a number of `threads` a server uses all that this process may use.
     It names no host: two machines of one kind are one.
     """
     models = [line.partition(":")[2].strip() for line in CPU_INFO.read_text().splitlines() if "model name" in line]
@@ -64,7 +65,7 @@ def machine(threads: int | None) -> str:
         f"{os.cpu_count()} cores",
         f"{memory} GiB",
         *_accelerators(),
-        f"{threads or 'all'} threads",
+        f"{threads or len(os.sched_getaffinity(0))} threads",
     ]
     return ", ".join(parts)
 

@@ -28,7 +28,8 @@ def deploy(
     tokens: Annotated[
         list[str] | None,
         typer.Option(
-            "--tokens", help="DOMAIN=FOLDER of a tokens artifact; repeat. Default: those of the config's lifecycle."
+            "--tokens",
+            help="DOMAIN=ARTIFACT, a folder or fingerprint; repeat. Default: those of the config's lifecycle.",
         ),
     ] = None,
     force: Force = "",
@@ -42,7 +43,7 @@ def deploy(
     home = Home.current()
     home.prepare()
     settings = _forced(stage_config("deploy", config), force)
-    pairs = [f"tokens/{item}" for item in tokens] if tokens else list(_own_tokens(home, config))
+    pairs = [_pair(home, item) for item in tokens] if tokens else list(_own_tokens(home, config))
     inputs = stage_inputs("deploy", [f"model={_folder(home, checkpoint)}", *pairs])
     artifact = _pass_gates(home, settings, inputs, force, cpus)
     done = promotions(home).register(artifact, actor=actor())
@@ -62,6 +63,12 @@ def _forced(config: Config, reason: str) -> DeployConfig:
 
 def _folder(home: Home, checkpoint: str) -> Path:
     return Path(checkpoint) if Path(checkpoint).exists() else Catalog(home).published(checkpoint).path
+
+
+def _pair(home: Home, given: str) -> str:
+    """`DOMAIN=ARTIFACT` as the stage takes it."""
+    domain, equals, artifact = given.partition("=")
+    return f"tokens/{domain}={_folder(home, artifact)}" if equals and artifact else f"tokens/{given}"
 
 
 def _own_tokens(home: Home, path: Path) -> list[str]:

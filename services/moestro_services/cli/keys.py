@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Group
+from rich.console import Console
 
 from moestro_flows.home import Home
-from moestro_services.audit import COMMAND_LINE, Audit
+from moestro_services.audit import Audit
 from moestro_services.cli.output import Json, emit, moment, table
+from moestro_services.cli.promote import actor
 from moestro_services.gateway.caller import Scope
 from moestro_services.gateway.keys import Key, KeyRing
 from moestro_services.gateway.limits import Limits
@@ -53,11 +54,10 @@ def create(
     home = Home.current()
     key, secret = KeyRing.of(home).create(name, scope or [Scope.INFER], limits)
     facts = key.facts()
-    Audit.of(home).write(
-        COMMAND_LINE, "keys.create", key.id, name=key.name, scopes=facts["scopes"], limits=facts["limits"]
-    )
-    lines = (f"{secret}\n", "Keep it: it is not shown again.", _table([key]))
-    emit({"key": secret, **facts}, lambda: Group(*lines), json=json)
+    Audit.of(home).write(actor(), "keys.create", key.id, name=key.name, scopes=facts["scopes"], limits=facts["limits"])
+    emit({"key": secret, **facts}, lambda: secret, json=json)
+    if not json:  # standard output is the key alone, so that a script can take it
+        Console(stderr=True).print("Keep it: it is not shown again.", _table([key]))
 
 
 @keys_app.command("list")
@@ -76,7 +76,7 @@ def revoke(
     """Revoke a key: requests with it are refused from now on. There is no way back."""
     home = Home.current()
     revoked = KeyRing.of(home).revoke(key)
-    Audit.of(home).write(COMMAND_LINE, "keys.revoke", revoked.id, name=revoked.name)
+    Audit.of(home).write(actor(), "keys.revoke", revoked.id, name=revoked.name)
     emit(revoked.facts(), lambda: f"{revoked.name} ({revoked.id}) is revoked.", json=json)
 
 

@@ -2,10 +2,12 @@
 
 import json as json_format
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -40,6 +42,12 @@ def others_on_stderr() -> Iterator[None]:
         own.flush()
         os.dup2(kept, OUT)
         os.close(kept)
+
+
+def own_command() -> str:
+    """`moestro` as it can be typed: by the path it was called by where it is not on PATH."""
+    called = Path(sys.argv[0])
+    return "moestro" if called.name != "moestro" or shutil.which("moestro") else str(called)
 
 
 def emit(data: Any, render: Callable[[], RenderableType], *, json: bool) -> None:

@@ -79,9 +79,11 @@ def told(done: "Promotion") -> dict[str, Any]:
 
 def state(done: "Promotion") -> str:
     """The model's aliases in one line."""
-    names = [f"@{alias} {number}" for alias, number in sorted(done.aliases.items())]
     share = f" (gets {done.canary_share:.2%} of the requests)" if done.canary_share else ""
-    return f"{done.name}: {', '.join(names) or 'no aliases'}{share}"
+    names = [
+        f"@{alias} {number}{share if alias == 'challenger' else ''}" for alias, number in sorted(done.aliases.items())
+    ]
+    return f"{done.name}: {', '.join(names) or 'no aliases'}"
 
 
 def _words(done: "Promotion") -> str:

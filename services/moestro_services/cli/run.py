@@ -18,7 +18,7 @@ from moestro.config import LifecycleConfig, load_lifecycle
 from moestro.errors import ConfigError
 from moestro_flows.home import Home
 from moestro_services.cli.json_events import JsonEvents
-from moestro_services.cli.output import Json, emit, others_on_stderr
+from moestro_services.cli.output import Json, emit, others_on_stderr, own_command
 from moestro_services.cli.progress import LiveProgress
 
 STYLES = {"reuse": "dim", "damaged": "bold red"}
@@ -115,10 +115,11 @@ def _render(
     if answer:
         yield f"\n[bold]{config.deploy.name if config.deploy else ''}[/bold] over REST ({answer['endpoint']}):"
         yield Text(f"  {answer['prompt']!r} -> {answer['completion']!r}")
-    yield f"\nreport     moestro report {run.id}"
-    yield "MLflow, Prefect and gateway   moestro ui --no-auth"
+    command = own_command()
+    yield f"\nreport     {command} report {run.id}"
+    yield f"MLflow, Prefect and gateway   {command} ui --no-auth"
     if config.deploy:
-        yield "serve      moestro serve --no-auth"
+        yield f"serve      {command} serve --no-auth"
 
 
 def _plan_table(rows: list[dict[str, Any]]) -> Iterator[Any]:

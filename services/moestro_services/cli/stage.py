@@ -141,7 +141,10 @@ class _Alone:
 
 
 def stage_config(name: str, path: Path, domain: str = "") -> Config:
-    """The stage's config from its own file or out of a lifecycle's; raises `ConfigError` if it is in neither."""
+    """The stage's config from its own file, with or without its name above it, or out of a lifecycle's.
+
+    Raises `ConfigError` if it is in neither.
+    """
     from moestro.config import LifecycleConfig
     from moestro.stages import STAGES
 
@@ -149,7 +152,8 @@ def stage_config(name: str, path: Path, domain: str = "") -> Config:
         raise ConfigError(f"There is no stage {name!r}.", hint=f"Stages are {', '.join(STAGES)}.")
     data = read_yaml(path)
     if not isinstance(data, dict) or "domains" not in (data.get("data") or {}):
-        return validate(STAGES[name].config, data, where=str(path))
+        section = data[name] if isinstance(data, dict) and data.keys() == {name} else data
+        return validate(STAGES[name].config, section, where=str(path))
     lifecycle = validate(LifecycleConfig, data, where=str(path))
     configs: Mapping[str, Config] = {}
     if name == "corpus":

@@ -89,7 +89,12 @@ def check_exposure(host: str, keys: KeyRing | None) -> None:
     """Raise `ConfigError` if `host` can be reached from other machines and no key is asked for, or there is none."""
     if is_loopback(host):
         return
-    if keys is None or not any(key.live for key in keys.list()):
+    if keys is None:
+        raise ConfigError(
+            f"{host} can be reached from other machines, where requests have to bear a key.",
+            hint="Leave out --no-auth, which is for this machine alone, or bind 127.0.0.1.",
+        )
+    if not any(key.live for key in keys.list()):
         raise ConfigError(
             f"{host} can be reached from other machines, and there is no API key.",
             hint="Make one with `moestro keys create NAME`, or bind 127.0.0.1.",

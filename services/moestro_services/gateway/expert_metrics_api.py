@@ -84,7 +84,7 @@ def expert_traffic(metrics: ExpertMetrics) -> APIRouter:
         if not found:
             raise InputError(
                 f"No request to {model!r} was sampled since this gateway started.",
-                hint="GET /v1/models lists the models; dense ones have no experts.",
+                hint="`moestro serve --expert-share` says how many are; GET /v1/models lists the models.",
             )
         return ExpertTraffic(
             model=found[0].seen.deployment.name,
