@@ -1,7 +1,8 @@
 """/api over a home's records, and who may ask."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from moestro.errors import BusyError, ResourceError
+from moestro.errors import ArtifactError, BusyError, InputError, ResourceError
 from moestro_flows.home import Home
 from moestro_services.catalog import Catalog
 from moestro_services.gateway.app import Parts, create_app
@@ -126,6 +127,16 @@ def test_without_the_registry_artifacts_are_served_and_names_waited_for(
         assert isinstance(waiting, Registered)
         with pytest.raises(ResourceError, match="cannot be reached"):
             waiting.read()
+
+
+def test_a_home_without_deployments_is_told_how_to_get_one(
+    tmp_path: Path, prepare_mlflow: Callable[[Path], None]
+) -> None:
+    prepare_mlflow(tmp_path)
+    with pytest.raises(InputError, match="Nothing is deployed in"):
+        chosen(Home(tmp_path), ())
+    with pytest.raises(ArtifactError, match="No artifact 'assistant'"):
+        chosen(Home(tmp_path), ["assistant"])
 
 
 def test_a_port_in_use_is_refused_before_vllm_starts(built_home: Home) -> None:

@@ -125,7 +125,15 @@ def chosen(home: Home, references: Sequence[str], settings: ServerSettings | Non
     if len(references) > 1:
         unknown = ", ".join(sorted({*references} - names))
         raise InputError(f"Not registered: {unknown}.", hint=f"There are {', '.join(sorted(names)) or 'no models'}.")
-    return Fixed(home, Catalog(home).entry(references[0] if references else "deploy").artifact, settings)
+    if references:
+        return Fixed(home, Catalog(home).entry(references[0]).artifact, settings)
+    try:
+        return Fixed(home, Catalog(home).entry("deploy").artifact, settings)
+    except ArtifactError:
+        raise InputError(
+            f"Nothing is deployed in {home.path}.",
+            hint="`moestro run` of a lifecycle that ends in deploy, or `moestro deploy`, comes first.",
+        ) from None
 
 
 def _artifact(home: Home, references: Sequence[str]) -> Artifact | None:
