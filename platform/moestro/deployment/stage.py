@@ -89,7 +89,7 @@ def _refusal(config: DeployConfig, verdicts: Mapping[str, Verdict], refused: lis
     doubt = " In bfloat16 allow more (deploy.parity); in float32 this is a fault." if verdicts["parity"].refused else ""
     return GateError(
         f"{gates} {config.name}. {'; '.join(refused)}.",
-        hint=f"Nothing was deployed.{doubt} A reason in deploy.force overrules the gates and is recorded.",
+        hint=f"Nothing was deployed.{doubt} A reason in deploy.force (or --force) overrules them and is recorded.",
     )
 
 
