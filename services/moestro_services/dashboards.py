@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Event
 
-from moestro.errors import ArtifactError, ResourceError
+from moestro.errors import InputError, ResourceError
 from moestro_flows.home import Home
 from moestro_services.children import Child
 from moestro_services.gateway.assembly import Policy
@@ -78,7 +78,7 @@ def _source(home: Home, *, model: bool) -> Source:
     """What `moestro serve` would serve, or nothing."""
     try:
         return chosen(home, ()) if model else Registered(home, tuple)
-    except ArtifactError:
+    except InputError:
         return Registered(home, tuple)
 
 

@@ -56,8 +56,8 @@ def gateway(home: Home, source: Source, at: Address, *, say: Say, policy: Policy
     """The gateway before the servers of what `source` names, while in the block.
 
     It answers at once, with 503 for models whose servers are still starting, and for all while `source` cannot be read.
-    Raises `BusyError` if the port is in
-    use, before anything is started, and `ConfigError` for a host beyond loopback without a key.
+    Raises `BusyError` if the port is in use, before anything is started, and `ConfigError` for a host beyond loopback
+    without a key.
     """
     policy = policy or Policy(keys=None)
     check_exposure(at.host, policy.keys)

@@ -22,6 +22,8 @@ from moestro_services.gateway.watch_window import Figures, Request, Window
 
 LOG = logging.getLogger(__name__)
 CHECK_SECONDS = 1.0
+RETRY_SECONDS = 30.0
+"""Rest after a rollback that failed."""
 
 Key = tuple[str, str]
 RollBack = Callable[[str, str, str], bool]
@@ -32,10 +34,11 @@ RollBack = Callable[[str, str, str], bool]
 class RollbackRule:
     """When a new version is taken back.
 
-    No caller brings that about alone. The caller who weighs most in a verdict (has most of the failures, or of the slow
-    answers) is left out, and it must hold for the rest too, by `min_borne_out` failures or answers of them at least.
-    One caller's word counts where there is no other: nobody else asked either version within the window, or nobody else
-    asked the new one though it has been judged for a whole window.
+    What one caller's own requests show is not enough. The caller who weighs most in a verdict (has most of the failures,
+    or of the slow answers) is left out, and it must hold for the rest too, by `min_borne_out` failures or answers of
+    them at least. One caller's word counts where there is no other: nobody else asked either version within the window,
+    or nobody else asked the new one though it has been judged for a whole window. A caller who makes the process end,
+    or slows it down for all, is seen by the others' requests and by its restarts.
     """
 
     min_requests: int = 50
@@ -146,7 +149,7 @@ class Watch:
         if route.canary_share > 0 and not suspect.begun:
             suspect.begun, suspect.since = True, now
         restarts = canary.restarts - suspect.restarts
-        if restarts >= self.rule.max_restarts and not suspect.acted:
+        if restarts >= self.rule.max_restarts and not suspect.acted and now >= suspect.checked:
             self._start(route.name, suspect, f"The process of version {version} was started again {restarts} times.")
 
     def _verdict(self, name: str, suspect: _Suspect, now: float) -> str:
@@ -209,6 +212,7 @@ class Watch:
             changed = self._roll_back(name, suspect.version, reason)
         except (MoestroError, OSError) as error:
             LOG.warning("Rolling %s back failed: %s", name, told(error))
+            suspect.checked = self._clock() + RETRY_SECONDS
             suspect.acted = False
             return
         if changed:

@@ -13,7 +13,7 @@ MIN_THROUGHPUT = 0.97
 MAX_MEDIAN_SECONDS = 0.002
 MAX_P99_SECONDS = 0.010
 MAX_GROWTH = 0.02
-"""Of the gateway's memory over the load, after the warm-up."""
+"""Of the gateway's memory over the load, from the end of its first round."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from moestro_services.gateway.listening import listen, serving
 from moestro_services.gateway.openapi_v1 import REQUESTS
 from moestro_services.gateway.replica import Backoff
 from moestro_services.gateway.sources import Registered
+from moestro_services.gateway.watch import RollbackRule
 
 PROGRAM = """
 import json, os, sys
@@ -132,7 +133,7 @@ class Api:
     Models are those of the home's registry, and are served as soon as that is changed.
     """
 
-    def __init__(self, home: Home, make: Any, stand_in: Any) -> None:
+    def __init__(self, home: Home, make: Any, stand_in: Any, rule: RollbackRule | None) -> None:
         """`make` makes a model server that is no process, of what answers for it."""
         self.home = home
         self.servers: dict[str, Any] = {}
@@ -145,7 +146,7 @@ class Api:
         made = {scope.value: ring.create(scope.value, [scope]) for scope in caller.Scope}
         self.keys: dict[str, Key] = {word: key for word, (key, _) in made.items()}
         self.secrets = {word: secret for word, (_, secret) in made.items()}
-        self.policy = Policy(keys=ring, sampling=Sampling(share=1.0))
+        self.policy = Policy(keys=ring, rule=rule, sampling=Sampling(share=1.0))
         self.models = ModelRegistry(home.mlflow_uri, home.mlflow_files)
         self.source = Registered(home, self.models.models)
         self.fleet = Fleet(self._open, backoff=Backoff(first=3600.0))
@@ -216,8 +217,20 @@ def stand_in() -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def api(built_home: Home, prepare_mlflow: Callable[..., None], fixed_server: Any, stand_in: StandIn) -> Iterator[Api]:
-    with Api(built_home, fixed_server, stand_in).running() as made:
+def rule() -> RollbackRule | None:
+    """When the gateway rolls back: never."""
+    return None
+
+
+@pytest.fixture
+def api(
+    built_home: Home,
+    prepare_mlflow: Callable[..., None],
+    fixed_server: Any,
+    stand_in: StandIn,
+    rule: RollbackRule | None,
+) -> Iterator[Api]:
+    with Api(built_home, fixed_server, stand_in, rule).running() as made:
         prepare_mlflow(built_home.path)  # after the first look at it: whoever asks for no model opens no database
         yield made
         for started in made.runs.summaries(limit=1000):
