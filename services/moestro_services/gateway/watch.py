@@ -34,7 +34,7 @@ RollBack = Callable[[str, str, str], bool]
 class RollbackRule:
     """When a new version is taken back.
 
-    What one caller's own requests show is not enough. The caller who weighs most in a verdict (has most of the failures,
+    What one caller's own requests show is not enough. Who weighs most in a verdict (has most of the failures,
     or of the slow answers) is left out, and it must hold for the rest too, by `min_borne_out` failures or answers of
     them at least. One caller's word counts where there is no other: nobody else asked either version within the window,
     or nobody else asked the new one though it has been judged for a whole window. A caller who makes the process end,
