@@ -24,6 +24,8 @@ class Served(Config):
     """Type vLLM computes in."""
     max_model_len: int
     """Longest sequence served."""
+    tool_call_parser: str = ""
+    """vLLM's parser of tool calls; empty parses none."""
     gates: dict[str, Any] = Field(default_factory=dict)
     """Figures, thresholds and verdict of every gate, by its name."""
     forced: str = ""

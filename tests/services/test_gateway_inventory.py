@@ -129,6 +129,14 @@ def test_without_the_registry_artifacts_are_served_and_names_waited_for(
             waiting.read()
 
 
+def test_a_deployments_parser_of_tool_calls_reaches_its_server(deploying: Any) -> None:
+    for letter, parser in (("a", "hermes"), ("b", "")):
+        source = Fixed(deploying.home, deploying(letter, **({"tool_call_parser": parser} if parser else {})))
+        ((version,),) = (model.versions for model in source.read())
+        _deployment, server = source.open(version)
+        assert server.config.tool_call_parser == parser
+
+
 def test_a_home_without_deployments_is_told_how_to_get_one(
     tmp_path: Path, prepare_mlflow: Callable[[Path], None]
 ) -> None:

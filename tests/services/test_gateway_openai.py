@@ -1,9 +1,12 @@
 """The `openai` client gets from the gateway what it gets from vLLM itself: values, streams, errors."""
 
+import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -40,7 +43,7 @@ def clients(checkpoint: Path) -> Iterator[tuple[openai.OpenAI, openai.OpenAI]]:
     home.logs.mkdir(parents=True)
     keys = KeyRing.of(home)
     _, secret = keys.create("test", {Scope.INFER})
-    config = ServerConfig(name="tiny", max_model_len=64, fingerprint="tiny@1")
+    config = ServerConfig(name="tiny", max_model_len=128, fingerprint="tiny@1", tool_call_parser="hermes")
     with VllmServer(checkpoint, config, log=home.logs / "vllm.log") as server:
         server.start()
         source = Given(home, "tiny", Standing(server.url, server.api_key))
@@ -83,6 +86,8 @@ def test_completions_are_the_same(clients: tuple[openai.OpenAI, openai.OpenAI], 
         {"logprobs": True, "top_logprobs": 2},
         {"n": 2, "temperature": 0.8, "seed": 3},
         {"tools": [TOOL], "tool_choice": "none"},
+        {"tools": [TOOL]},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "add"}}, "max_tokens": 16},
         {"response_format": {"type": "json_object"}},
     ],
     ids=str,
@@ -104,7 +109,7 @@ def test_streamed_chats_are_the_same(clients: tuple[openai.OpenAI, openai.OpenAI
     asked: Any = CHAT | {"stream": True, "logprobs": True, "stream_options": {"include_usage": True}}
     direct, through = (joined(client.chat.completions.create(**asked), _chat_part) for client in clients)
     assert through == direct
-    assert len(through["tokens"]) == CHAT["max_tokens"]
+    assert through["tokens"]
 
 
 def joined(stream: Any, part: Callable[[Any], tuple[str, list[Any]]]) -> dict[str, Any]:
@@ -167,3 +172,26 @@ def test_models_are_listed_by_name_alias_and_version(clients: tuple[openai.OpenA
     names = {model.id for model in through.models.list()}
     assert {"tiny", "tiny@champion", "tiny@1"} <= names
     assert plain(through.completions.create(**(ASK | {"model": "tiny@champion"})))["model"] == "tiny"
+
+
+def told(vllm: openai.OpenAI, series: str) -> float:
+    """The present value of one of vLLM's metrics."""
+    url = f"{str(vllm.base_url).rstrip('/').removesuffix('/v1')}/metrics"
+    text = httpx.get(url, headers={"Authorization": f"Bearer {vllm.api_key}"}, timeout=60).text
+    found = re.search(rf"^vllm:{series}{{.*}} (\S+)$", text, re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
+def test_a_client_that_leaves_ends_the_generation(clients: tuple[openai.OpenAI, openai.OpenAI]) -> None:
+    direct, through = clients
+    before = told(direct, "generation_tokens_total")
+    prompts, tokens = 600, 120  # many seconds of work
+    long: dict[str, Any] = {"prompt": ["Question"] * prompts, "max_tokens": tokens, "extra_body": {"ignore_eos": True}}
+    with through.completions.create(**(ASK | long), stream=True) as stream:
+        next(iter(stream))
+    deadline = time.monotonic() + 60
+    while told(direct, "num_requests_running") and time.monotonic() < deadline:
+        pass  # asking takes vLLM some milliseconds
+    assert told(direct, "num_requests_running") == 0
+    assert 0 < told(direct, "generation_tokens_total") - before < prompts * tokens / 2

@@ -131,9 +131,11 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(checkpoint, tmp_pat
 @pytest.mark.slow
 def test_the_gate_passes_an_honest_checkpoint(checkpoint, tokens, tmp_path, nothing_left):
     model = Artifact(checkpoint, "rl", "0" * 64)
-    result = deploy(CONFIG, model=model, tokens=tokens, job=job(tmp_path))
+    config = CONFIG.model_copy(update={"tool_call_parser": "hermes"})
+    result = deploy(config, model=model, tokens=tokens, job=job(tmp_path))
     deployment = json.loads((tmp_path / "out" / "deployment.json").read_text())
     assert deployment["checkpoint"] == {"stage": "rl", "fingerprint": "0" * 64}
+    assert deployment["tool_call_parser"] == "hermes"
     gates = deployment["gates"]
     assert gates["parity"]["figures"]["tokens"] == 3 * 31
     assert gates["parity"]["figures"]["max_logprob_difference"] <= 1e-4
@@ -211,6 +213,13 @@ def test_gates_refuse_together_and_are_overruled_by_a_reason(checkpoint, tokens,
     assert [gate["passed"] for gate in deployment["gates"].values()] == [False, False, False, None, None]
     assert len(result["refused"]) == 6
     assert not any(result["passed"].values())
+
+
+@pytest.mark.parametrize(("parser", "flags"), [("", []), ("hermes", ["--tool-call-parser", "hermes"])])
+def test_tool_calls_are_parsed_where_the_deployment_names_a_parser(checkpoint, tmp_path, parser, flags):
+    command = VllmServer(checkpoint, ServerConfig(name="x", tool_call_parser=parser), log=tmp_path / "log")._command()
+    assert [word for word in command if "tool-call-parser" in word or word == "hermes"] == flags
+    assert ("--enable-auto-tool-choice" in command) is bool(parser)
 
 
 @pytest.mark.parametrize(("version", "on_cpu"), [("0.30.0+cpu", True), ("0.30.0", False), ("", True)])

@@ -119,6 +119,9 @@ class DeployConfig(Config):
     """Type vLLM computes in."""
     max_model_len: int = Field(512, ge=SHORTEST_SERVED)
     """Longest sequence served."""
+    tool_call_parser: str = Field("", pattern=r"^[a-z0-9_]{0,40}$")
+    """vLLM's parser of the model's way to write tool calls (`hermes`, `llama3_json`, ...). Empty: calls are not parsed,
+    and asking for one is an error."""
     parity: ParityGate = ParityGate()
     """Does vLLM compute what the checkpoint says?"""
     quality: QualityGate = QualityGate()

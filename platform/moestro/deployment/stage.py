@@ -64,7 +64,11 @@ def _ask(gates: Mapping[str, Gate], subject: Subject, job: Job) -> float:
     """Let every gate ask a real server over REST; the seconds it took to start."""
     config = subject.config
     settings = ServerConfig(
-        name=config.name, dtype=config.dtype, max_model_len=config.max_model_len, threads=job.resources.cpus
+        name=config.name,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        threads=job.resources.cpus,
+        tool_call_parser=config.tool_call_parser,
     )
     started = time.monotonic()
     with VllmServer(subject.model.path, settings, log=job.scratch / "vllm.log") as server:
@@ -100,6 +104,7 @@ def _deployment(subject: Subject, gates: Mapping[str, Gate], verdicts: Mapping[s
         "checkpoint": {"stage": subject.model.stage, "fingerprint": subject.model.fingerprint},
         "dtype": config.dtype,
         "max_model_len": config.max_model_len,
+        "tool_call_parser": config.tool_call_parser,
         "gates": {name: _entry(gates[name], verdict) for name, verdict in verdicts.items()},
         "forced": config.force,
     }

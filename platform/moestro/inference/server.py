@@ -60,6 +60,8 @@ class ServerConfig:
     """Memory of the KV cache in GiB."""
     threads: int | None = None
     """Threads the engine computes with; None leaves them to torch."""
+    tool_call_parser: str = ""
+    """vLLM's parser of tool calls; empty parses none."""
     fingerprint: str = ""
     """What every answer bears as its `system_fingerprint`; empty leaves it to vLLM."""
     extra_arguments: tuple[str, ...] = ()
@@ -219,6 +221,8 @@ class VllmServer:
             flags.append("--enable-return-routed-experts")
         if window_is_wide_enough(self.folder, self.config.max_model_len):
             flags.append("--disable-sliding-window")
+        if self.config.tool_call_parser:
+            flags += ["--enable-auto-tool-choice", "--tool-call-parser", self.config.tool_call_parser]
         if computes_on_cpu():
             # A sampled request with a `seed` whose prompt is prefilled in two steps would end the engine, and with it
             # everybody's requests: vLLM turns such a request's generator back, which one of a CPU cannot.

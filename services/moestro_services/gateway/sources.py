@@ -175,6 +175,7 @@ def open_version(
         max_model_len=served.max_model_len,
         kv_cache_gib=settings.kv_cache_gib,
         threads=settings.threads,
+        tool_call_parser=served.tool_call_parser,
         fingerprint=deployment.label,
         extra_arguments=tuple(arguments),
         extra_environment=environment,
