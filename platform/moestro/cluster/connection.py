@@ -104,11 +104,15 @@ class Cluster:
                     self._end(reference, step, workers, key)
                 if not isinstance(error, LostWorkerError):
                     raise
-                if workers == 1 or retry == resources.max_retries:  # Ray itself has begun single workers again
+                background = STAGES[step.stage].background
+                ended = workers == 1 and not background  # Ray itself has begun single workers again
+                if ended or retry == resources.max_retries:
                     raise LostWorkerError(
                         f"The worker of {step.stage} died {resources.max_retries + 1} times: {error.message}",
                         hint="Run the same command again: it resumes from the last checkpoint.",
                     ) from error
+                if background:
+                    self._until_background_answers(stopped)
         raise AssertionError("the last try returns or raises")
 
     def _end(self, reference: Any, step: Step, workers: int, key: str) -> None:
@@ -117,6 +121,19 @@ class Cluster:
             end_group(reference, self._board, key)
         else:  # an actor's call cannot be forced: it ends with the actor, and must not be begun again then
             end_task(reference, force=not STAGES[step.stage].background)
+
+    def _until_background_answers(self, stopped: Callable[[], bool]) -> None:
+        """Wait until the process that measures has been started again; raises `StoppedError`."""
+        import ray
+
+        while not stopped():
+            there = self._background.__ray_ready__.remote()
+            try:
+                if ray.wait([there], timeout=POLL_SECONDS)[0] and ray.get(there):
+                    return
+            except ray.exceptions.RayActorError:  # is still starting
+                threading.Event().wait(POLL_SECONDS)
+        raise StoppedError
 
     def _follow(self, reference: Any, key: str, reporter: Reporter, stopped: Callable[[], bool]) -> Artifact:
         """Wait for the artifact while reports are passed on; raises `LostWorkerError` if Ray has given it up."""
@@ -149,8 +166,8 @@ class Cluster:
 
         arguments = (store.root, step, resources, self._board, key)
         if STAGES[step.stage].background:
-            call = self._background.run.options(max_task_retries=resources.max_retries, name=step.stage)
-            return call.remote(*arguments), 1
+            # Ray would spend its retries within moments, while an actor that yields to everybody still starts again.
+            return self._background.run.options(max_task_retries=0, name=step.stage).remote(*arguments), 1
         workers = workers_for(step, resources)
         resources = resources.model_copy(update={"cpus": resources.cpus or self.cpus})
         check_room(step.stage, cpus=resources.cpus or 1, workers=workers)
