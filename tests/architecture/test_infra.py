@@ -92,7 +92,7 @@ def test_what_is_pinned_fits_the_python_that_debian_has() -> None:
     unfit, missing = [], []
     for name in pinned():
         found = distribution(name)
-        if debian not in SpecifierSet(found.metadata["Requires-Python"] or ""):
+        if debian not in SpecifierSet("".join(found.metadata.get_all("Requires-Python") or [])):
             unfit.append(name)
         for requirement in map(Requirement, found.requires or ()):
             marker = requirement.marker
