@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
+from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from moestro.artifacts import Artifact, ArtifactStore, Input, LifecycleRun, Record, StepRun, digest_files, fingerprint
@@ -55,7 +56,7 @@ class FixedUpstream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        body = await _body(receive)
+        body = await Request(scope, receive).body()
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         if scope["path"] == "/health":
             await _reply(send, b"", status=200 if self.well else 503)
@@ -111,15 +112,6 @@ class FixedUpstream:
 def _start(status: int, kind: bytes, *more: tuple[bytes, bytes]) -> Message:
     headers = [(b"content-type", kind), (b"x-secret", b"stays here"), *more]
     return {"type": "http.response.start", "status": status, "headers": headers}
-
-
-async def _body(receive: Receive) -> bytes:
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
 
 
 async def _reply(send: Send, body: bytes, *, status: int = 200) -> None:

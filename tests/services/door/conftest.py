@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 
@@ -46,7 +47,7 @@ class Inside:
         self.paths.append(path)
         self.callers.append(caller_of(scope))
         self.spend.append(scope.get(SPEND, lambda _: None))
-        body = await read(receive)
+        body = await Request(scope, receive).body()
         if path.endswith("fail"):
             raise ValueError("a fault of the application")
         if path.endswith("late"):
@@ -76,15 +77,6 @@ class Inside:
     def let_go(self) -> None:
         assert self.loop is not None
         self.loop.call_soon_threadsafe(self.release.set)
-
-
-async def read(receive: Receive) -> bytes:
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
 
 
 class Gateway:
