@@ -25,10 +25,11 @@ class Rolled:
         self.busy = 0
         self.changes = True
         self.threads: list[threading.Thread] = []
+        self.version = ""
 
     def __call__(self, name: str, version: str, reason: str) -> bool:
-        assert version == "2"
         with self.changed:
+            self.version = version
             self.heard.append((name, reason))
             self.threads.append(threading.current_thread())
             self.changed.notify_all()
@@ -44,9 +45,14 @@ class Rolled:
         for thread in self.threads:
             thread.join(30)
 
+    def once(self, version: str) -> None:
+        """One rollback was asked for, of this version."""
+        self.times(1)
+        assert self.version == version
+
 
 class Scene:
-    """A fleet of two versions whose answers a test makes up."""
+    """A fleet of three versions whose answers a test makes up."""
 
     def __init__(self, fleet: Fleet, models: Any) -> None:
         self.fleet = fleet
@@ -91,7 +97,7 @@ class Scene:
 
 @pytest.fixture
 def scene(fixed: Any, fixed_server: Any) -> Iterator[Scene]:
-    models = fixed({"1": fixed_server(), "2": fixed_server()})
+    models = fixed({version: fixed_server() for version in ("1", "2", "3")})
     with Fleet(models.open, backoff=Backoff(first=0.0)) as fleet:
         made = Scene(fleet, models)
         made.registry(champion="1")
@@ -104,7 +110,7 @@ def test_a_canary_that_fails_is_rolled_back_once(scene: Scene) -> None:
     scene.answers("2", 19, failed=19)
     assert scene.rolled.heard == []
     scene.answers("2", 50, failed=50)
-    scene.rolled.times(1)
+    scene.rolled.once("2")
     assert scene.rolled.heard[0][0] == "assistant"
     assert "requests to version 2 failed" in scene.rolled.heard[0][1]
     assert scene.watch.rollbacks == {"assistant": 1}
@@ -127,7 +133,7 @@ def test_what_one_caller_sees_is_borne_out_by_failures_of_others(scene: Scene, f
     scene.answers("2", 5, failed=failed, callers=["bob"])
     scene.answers("2", 100, failed=100, callers=["ann"])
     if rolled:
-        scene.rolled.times(1)
+        scene.rolled.once("2")
     assert bool(scene.rolled.heard) is rolled
 
 
@@ -139,14 +145,14 @@ def test_slowness_that_one_caller_sees_is_borne_out_by_others(scene: Scene) -> N
     scene.answers("2", 2, ms=500, callers=["bob"])
     assert scene.rolled.heard == []
     scene.answers("2", 20, ms=500, callers=["bob"])
-    scene.rolled.times(1)
+    scene.rolled.once("2")
 
 
 def test_where_there_is_one_caller_its_word_counts(scene: Scene) -> None:
     scene.answers("1", 50, callers=["local"])
     scene.registry(champion="2", previous="1")
     scene.answers("2", 20, failed=20, callers=["local"])
-    scene.rolled.times(1)
+    scene.rolled.once("2")
 
 
 def test_who_comes_first_waits_for_those_who_asked_the_predecessor(scene: Scene) -> None:
@@ -169,7 +175,7 @@ def test_whom_nobody_joins_in_a_whole_window_is_believed(scene: Scene) -> None:
     scene.now += RULE.window_seconds / 2
     scene.answers("1", 50)
     scene.answers("2", 50, failed=50, callers=["ann"])
-    scene.rolled.times(1)
+    scene.rolled.once("2")
 
 
 def test_a_flood_does_not_wash_others_away(scene: Scene) -> None:
@@ -195,7 +201,7 @@ def test_a_slow_canary_is_rolled_back(scene: Scene, ms: float, rolled: bool) -> 
     scene.answers("1", 30, ms=900)
     scene.answers("2", 60, ms=ms, streamed=True)
     if rolled:
-        scene.rolled.times(1)
+        scene.rolled.once("2")
         assert "to the first byte" in scene.rolled.heard[0][1]
     assert bool(scene.rolled.heard) is rolled
 
@@ -218,10 +224,34 @@ def test_a_new_champion_is_judged_by_what_the_last_one_did(scene: Scene) -> None
     scene.answers("1", 50, ms=20)
     scene.registry(champion="2", previous="1")
     scene.answers("2", 50, ms=500)
-    scene.rolled.times(1)
+    scene.rolled.once("2")
     scene.registry(champion="1", previous="2")
     scene.answers("1", 50, failed=50)
     assert len(scene.rolled.heard) == 1  # where one rolls back to is not new
+
+
+@pytest.mark.parametrize("failing", ["2", "3"])
+def test_a_young_champion_and_a_canary_are_judged_at_once(scene: Scene, failing: str) -> None:
+    scene.answers("1", 50)
+    scene.registry(champion="2", previous="1")
+    scene.answers("2", 10)
+    scene.registry(0.2, champion="2", previous="1", challenger="3")
+    for version in ("2", "3"):
+        scene.answers(version, 50, failed=50 * (version == failing))
+    scene.rolled.once(failing)
+
+
+def test_a_canary_that_becomes_champion_is_judged_from_then_on_as_one(scene: Scene) -> None:
+    scene.answers("1", 50)
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.answers("2", 15, failed=15)
+    scene.registry(champion="2", previous="1")
+    scene.answers("2", 15)
+    scene.registry(0.2, champion="2", previous="1", challenger="3")
+    scene.registry(champion="2", previous="1")
+    assert scene.rolled.heard == []
+    scene.answers("2", 50, failed=50)
+    scene.rolled.once("2")
 
 
 def test_a_champion_of_some_time_stays(scene: Scene) -> None:
@@ -243,7 +273,7 @@ def test_a_rollback_that_fails_is_tried_again(scene: Scene) -> None:
     scene.rolled.busy = 1
     scene.registry(0.2, champion="1", challenger="2")
     scene.answers("2", 20, failed=20)
-    scene.rolled.times(1)
+    scene.rolled.once("2")
     scene.answers("2", 100, failed=100)
     assert len(scene.rolled.heard) == 1  # each try is written down: not one a second
     scene.now += RETRY_SECONDS
@@ -255,7 +285,7 @@ def test_a_rollback_that_found_nothing_to_change_is_not_counted(scene: Scene) ->
     scene.rolled.changes = False
     scene.registry(0.2, champion="1", challenger="2")
     scene.answers("2", 20, failed=20)
-    scene.rolled.times(1)
+    scene.rolled.once("2")
     assert scene.watch.rollbacks == {}
 
 
@@ -281,7 +311,7 @@ def test_a_canary_that_is_lost_again_and_again_is_rolled_back(scene: Scene) -> N
         assert scene.fleet.wait_for(lambda fleet: fleet.table["assistant"].canary_share == 0.2, 30)
         assert server.starts == starts
     scene.answers("2", 1, failed=1)
-    scene.rolled.times(1)
+    scene.rolled.once("2")
 
 
 def lose(scene: Scene, times: int) -> None:
@@ -302,7 +332,7 @@ def test_a_canary_that_nobody_asks_and_that_only_crashes_is_ended(scene: Scene) 
     lose(scene, RULE.max_restarts - 1)
     assert scene.rolled.heard == []
     lose(scene, 1)
-    scene.rolled.times(1)
+    scene.rolled.once("2")
     assert "was started again 3 times" in scene.rolled.heard[0][1]
     assert scene.watch.rollbacks == {"assistant": 1}
 
@@ -310,7 +340,7 @@ def test_a_canary_that_nobody_asks_and_that_only_crashes_is_ended(scene: Scene) 
 def test_a_canary_that_never_starts_is_ended(scene: Scene) -> None:
     scene.servers["2"].refusals = RULE.max_restarts
     scene.fleet.apply([scene.models.model(0.2, champion="1", challenger="2")])
-    scene.rolled.times(1)
+    scene.rolled.once("2")
 
 
 def test_crashes_before_the_canary_and_of_others_count_for_nothing(scene: Scene) -> None:

@@ -1,9 +1,9 @@
 """Automatic rollback: a version that is new to traffic is judged by its answers against the one it takes traffic from.
 
 A canary is judged against the champion while both answer; a version that became champion, for some minutes, against
-what its predecessor did before. Requests that a version's lost process leaves unanswered are failures of it; a model's
-own 4xx and clients that leave count for nobody. What one caller sees is borne out by others before it counts. A canary
-whose process is started again and again is ended, whether anybody asked it or not.
+what its predecessor did before, also beside a canary. Requests that a version's lost process leaves unanswered are
+failures of it; a model's own 4xx and clients that leave count for nobody. What one caller sees is borne out by others
+before it counts. A canary whose process is started again and again is ended, whether anybody asked it or not.
 """
 
 import logging
@@ -86,9 +86,10 @@ class Watch:
         self._roll_back = roll_back
         self._clock = clock
         self._windows: dict[Key, Window] = {}
-        self._suspects: dict[str, _Suspect] = {}
+        self._suspects: dict[Key, _Suspect] = {}
         self._champions: dict[str, str] = {}
         self._tried: set[Key] = set()
+        """Versions that were champion once."""
         self._lock = threading.Lock()
 
     def answered(
@@ -102,8 +103,8 @@ class Watch:
             if window is None:
                 window = self._windows[name, version] = Window()
             window.add(request)
-            suspect = self._suspects.get(name)
-            if suspect is None or suspect.version != version or suspect.acted or not suspect.begun:
+            suspect = self._suspects.get((name, version))
+            if suspect is None or suspect.acted or not suspect.begun:
                 return
             suspect.window.add(request)
             if len(suspect.window) < self.rule.min_requests or now - suspect.checked < CHECK_SECONDS:
@@ -118,39 +119,46 @@ class Watch:
         with self._lock:
             for route in table.values():
                 self._follow(route)
-            for name in self._suspects.keys() - table.keys():
-                del self._suspects[name]
-            for key in [key for key in self._windows if key[0] not in table]:
-                del self._windows[key]
+            for kept in (self._suspects, self._windows):
+                for key in [key for key in kept if key[0] not in table]:
+                    del kept[key]
 
     def _follow(self, route: Route) -> None:
         champion = route.champion.version.version if route.champion else ""
-        before = self._champions.get(route.name)
-        self._champions[route.name] = champion
-        suspect = self._suspects.get(route.name)
+        self._follow_champion(route, champion)
         if route.canary is not None:
-            self._follow_canary(route, route.canary, champion, suspect)
-            return
-        fresh = before and champion != before and (route.name, champion) not in self._tried
-        self._tried.add((route.name, champion))
+            self._follow_canary(route, route.canary, champion)
+        judged = {champion, route.canary.version.version if route.canary else ""}
+        for key in [key for key in self._suspects if key[0] == route.name and key[1] not in judged]:
+            del self._suspects[key]
+
+    def _follow_champion(self, route: Route, champion: str) -> None:
+        """A version is judged as champion once, when it becomes one for the first time."""
+        key, before = (route.name, champion), self._champions.get(route.name)
+        self._champions[route.name] = champion
+        fresh = before and champion != before and key not in self._tried
+        self._tried.add(key)
+        suspect = self._suspects.get(key)
         if fresh and PREVIOUS in route.aliases:
             now = self._clock()
             did = self._windows.get((route.name, before or ""), Window()).figures(now - self.rule.window_seconds)
-            self._suspects[route.name] = _Suspect(champion, did, now, now + self.rule.champion_minutes * 60)
-        elif suspect and (suspect.version != champion or isinstance(suspect.against, str)):
-            del self._suspects[route.name]
+            self._suspects[key] = _Suspect(champion, did, now, now + self.rule.champion_minutes * 60)
+        elif suspect and isinstance(suspect.against, str):
+            del self._suspects[key]
 
-    def _follow_canary(self, route: Route, canary: Replica, champion: str, suspect: _Suspect | None) -> None:
+    def _follow_canary(self, route: Route, canary: Replica, champion: str) -> None:
         """A canary whose process is lost is one all the same, and its failures count."""
-        version, now = canary.version.version, self._clock()
-        if suspect is None or (suspect.version, suspect.against) != (version, champion):
-            suspect = _Suspect(version, champion, now, float("inf"), restarts=canary.restarts, begun=False)
-            self._suspects[route.name] = suspect
+        key, now = (route.name, canary.version.version), self._clock()
+        suspect = self._suspects.get(key)
+        if suspect is None or suspect.against != champion:
+            suspect = _Suspect(key[1], champion, now, float("inf"), restarts=canary.restarts, begun=False)
+            self._suspects[key] = suspect
         if route.canary_share > 0 and not suspect.begun:
             suspect.begun, suspect.since = True, now
         restarts = canary.restarts - suspect.restarts
         if restarts >= self.rule.max_restarts and not suspect.acted and now >= suspect.checked:
-            self._start(route.name, suspect, f"The process of version {version} was started again {restarts} times.")
+            reason = f"The process of version {suspect.version} was started again {restarts} times."
+            self._start(route.name, suspect, reason)
 
     def _verdict(self, name: str, suspect: _Suspect, now: float) -> str:
         """Why `suspect` is to go; empty if it may stay."""
