@@ -10,7 +10,8 @@ One folder an operator, the same files in each:
     compile.py     `python -m moestro_kernels.<operator>.compile`: ahead-of-time compilation for GPUs that are not here
     bench.py       `bench()`, which times the operator against its rivals with `moestro_kernels.timing`
 
-`products.py` holds the matrix product that CPU paths, and linear layers in training, are made of.
+`products.py` holds the matrix product that CPU paths, and linear layers in training, are made of; `vector_math.py`
+keeps elementwise functions from being computed at low precision in a process's first moments.
 
 So a caller composes `op` functions or registers an adapter, and never needs to know the device. `experts_mlp` is the
 grouped SwiGLU MLP of all experts of a layer.

@@ -32,6 +32,7 @@ from moestro.models.files import (
 )
 from moestro.models.layouts import routed_experts
 from moestro.models.weights import StoredWeights
+from moestro_kernels.vector_math import settle_vector_math
 
 SHOWN = 3
 """How many keys an error lists."""
@@ -60,6 +61,7 @@ def load_model(
     missing safetensors, and any key that is missing, left over or of another shape; one without elements may be
     missing.
     """
+    settle_vector_math()
     parsed = check_folder(folder, tokenizer=tokenizer)
     config = load_config(folder, parsed)
     options = {"experts_implementation": _experts_implementation(experts)} if routed_experts(parsed) else {}

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from moestro_kernels.vector_math import settle_vector_math
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _KEPT_BYTES = 2**31 - 1
 _TOP_PAD_BYTES = 64 * 2**20
@@ -16,6 +18,7 @@ _LARGEST_HEAP_BLOCK = 32 * 2**20
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Only algorithms that give the same bits in every run with the same number of threads."""
+    settle_vector_math()
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
