@@ -1,13 +1,23 @@
 """The benches of recipes at toy size: every rival trains for real, on the budget it is said to have."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from moestro_services.upcycling import bench, losses, pretrained, rivals, specialisation
-from moestro_services.upcycling.bench import MODEL, Measured, full_scale, measure, on_all_seeds, report
+from moestro_services.upcycling.bench import (
+    MODEL,
+    Measured,
+    full_scale,
+    measure,
+    on_all_seeds,
+    report,
+    tell,
+    workshop_here,
+)
+from moestro_services.upcycling.lab import Workshop
 from moestro_services.upcycling.statistics import Interval
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -26,19 +36,19 @@ STEP = 0.1
 """Budgets are met to whole steps; a step of the smallest budget here is less than this share of it."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One home for all benches: each goes on from what the others trained."""
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """One for all benches: each goes on from what the others trained."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("home")
-        patch.setenv("MOESTRO_HOME", str(folder))
+        patch.setenv("MOESTRO_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setattr(rivals, "MIXES", MIXES)
-        yield folder
+        with workshop_here() as made:
+            yield made
 
 
 @pytest.fixture(scope="module")
-def measured(home: Path) -> Measured:
-    return measure(SMALL, (0,))
+def measured(workshop: Workshop) -> Measured:
+    return measure(workshop, SMALL, (0,))
 
 
 def test_every_rival_is_measured_on_every_domain(measured: Measured) -> None:
@@ -47,8 +57,10 @@ def test_every_rival_is_measured_on_every_domain(measured: Measured) -> None:
         assert [set(outcome.losses) for outcome in outcomes] == [set(SMALL.domains)], name
 
 
-def test_random_seeds_differ(measured: Measured) -> None:
-    other = on_all_seeds(SMALL, (1,), lambda arms: {rivals.SEED: lambda: arms.outcome(rivals.SEED, arms.seed)})
+def test_random_seeds_differ(workshop: Workshop, measured: Measured) -> None:
+    other = on_all_seeds(
+        workshop, SMALL, (1,), lambda arms: {rivals.SEED: lambda: arms.outcome(rivals.SEED, arms.seed)}
+    )
     assert other[rivals.SEED][0].losses != measured.table[rivals.SEED][0].losses
 
 
@@ -66,8 +78,11 @@ def test_the_report_judges_perplexities_seed_by_seed(measured: Measured) -> None
         assert bound["value"] == pytest.approx(measured.table[one][0].perplexity / measured.table[other][0].perplexity)
 
 
-def test_a_second_run_trains_nothing(measured: Measured, capsys: pytest.CaptureFixture[str]) -> None:
-    assert measure(SMALL, (0,)).table[rivals.RECIPE][0] == measured.table[rivals.RECIPE][0]
+def test_a_second_run_trains_nothing(
+    workshop: Workshop, measured: Measured, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = Workshop(workshop.store.root, workshop.cluster, tell)
+    assert measure(again, SMALL, (0,)).table[rivals.RECIPE][0] == measured.table[rivals.RECIPE][0]
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seed 0")]
     assert told
     assert all(line.endswith(": found") for line in told)
@@ -80,27 +95,29 @@ def test_intervals_are_students_and_a_figure_that_is_none_has_none() -> None:
     assert str(Interval.of([math.nan, math.nan])) == "none"
 
 
-def test_specialisation_compares_routing_by_layer(measured: Measured) -> None:
-    found = on_all_seeds(SMALL, (0,), specialisation.models)
+def test_specialisation_compares_routing_by_layer(workshop: Workshop, measured: Measured) -> None:
+    found = on_all_seeds(workshop, SMALL, (0,), specialisation.models)
     layers = MODEL.num_hidden_layers
     assert all(len(routing[0].distances) == layers for routing in found.values())
     assert found[rivals.RECIPE][0].share > 1
     assert len(specialisation.report(found)["rows"]) == len(found)
 
 
-def test_losses_are_compared_on_one_mixture(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_are_compared_on_one_mixture(
+    workshop: Workshop, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for known, some in ((losses.SOFTMAX, (losses.NONE, losses.ROMA)), (losses.BIASED, (losses.NONE_BIASED, "bip"))):
         for name in known.keys() - set(some):
             monkeypatch.delitem(known, name)
-    found = on_all_seeds(SMALL, (0,), losses.runs)
+    found = on_all_seeds(workshop, SMALL, (0,), losses.runs)
     assert found.keys() == losses.SOFTMAX.keys() | losses.BIASED.keys()
-    costs = losses.costs(SMALL, found)
+    costs = losses.costs(workshop, SMALL, found)
     assert all(seconds > 0 for seconds in costs.values())
     assert len(losses.report(found, costs)["rows"]) == len(found)
 
 
-def test_the_shorter_list_judges_by_the_best_branch_of_each_domain(measured: Measured) -> None:
-    found = {name: one[0] for name, one in on_all_seeds(SMALL, (0,), pretrained.shorter_list).items()}
+def test_the_shorter_list_judges_by_the_best_branch_of_each_domain(workshop: Workshop, measured: Measured) -> None:
+    found = {name: one[0] for name, one in on_all_seeds(workshop, SMALL, (0,), pretrained.shorter_list).items()}
     bounds = {bound["what"]: bound["value"] for bound in pretrained.report(found, measured.steps)["bounds"]}
     assert len(bounds) == 2 * len(SMALL.domains)
     for domain in SMALL.domains:

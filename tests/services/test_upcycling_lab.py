@@ -17,12 +17,6 @@ class FakeCluster:
         self.errors = list(errors)
         self.asked = 0
 
-    def connect(self) -> None:
-        pass
-
-    def shutdown(self) -> None:
-        pass
-
     def run(self, *_: object, **__: object) -> None:
         self.asked += 1
         raise self.errors.pop(0)
@@ -32,11 +26,9 @@ def corpus(name: str) -> CorpusConfig:
     return CorpusConfig(domain=DomainConfig(name=name, source=BuiltinSource(name="docs", max_bytes=2000)))
 
 
-def test_a_stopped_stage_does_not_hide_why_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_stage_does_not_hide_why_it_was_stopped(tmp_path: Path) -> None:
     cause = InputError("The corpus is empty.")
     cluster = FakeCluster(cause, StoppedError())
-    monkeypatch.setattr(bench, "Cluster", lambda: cluster)
-    monkeypatch.setenv("MOESTRO_HOME", str(tmp_path))
 
     def wanted(arms: bench.Arms) -> dict[str, object]:
         with pytest.raises(InputError):
@@ -44,7 +36,7 @@ def test_a_stopped_stage_does_not_hide_why_it_was_stopped(tmp_path: Path, monkey
         return {"second": lambda: arms.lab.run("corpus", corpus("second"))}
 
     with pytest.raises(InputError, match="The corpus is empty"):
-        bench.on_all_seeds(bench.full_scale(), (0,), wanted)
+        bench.on_all_seeds(Workshop(tmp_path, cluster, bench.tell), bench.full_scale(), (0,), wanted)
     assert cluster.asked == 2
 
 

@@ -5,10 +5,10 @@ a run that was stopped goes on, and a finished one only measures again.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,7 +70,8 @@ class Measured:
 
 def bench() -> dict[str, Any]:
     """The first run trains everything; a later one only measures again."""
-    return report(measure(full_scale(), SEEDS))
+    with workshop_here() as workshop:
+        return report(measure(workshop, full_scale(), SEEDS))
 
 
 def full_scale(seed_steps: int = SEED_STEPS) -> Scale:
@@ -82,57 +83,63 @@ def full_scale(seed_steps: int = SEED_STEPS) -> Scale:
     return Scale(lifecycle.model_copy(update={"seed": seed}), branch_steps=600, tune_steps=600)
 
 
-def measure(scale: Scale, seeds: Sequence[int]) -> Measured:
+def measure(workshop: Workshop, scale: Scale, seeds: Sequence[int]) -> Measured:
     """Every rival from every random seed, and the best branch of each."""
-    table = on_all_seeds(scale, seeds, rivals)
-    seed_models = on_all_seeds(scale, seeds, lambda arms: {SEED: lambda: arms.seed})[SEED]
-    steps = clock(scale, [outcome for outcomes in table.values() for outcome in outcomes])
-    table |= on_all_seeds(scale, seeds, lambda arms: {DENSE_CLOCK: lambda: dense_by_clock(arms, steps)})
+    table = on_all_seeds(workshop, scale, seeds, rivals)
+    seed_models = on_all_seeds(workshop, scale, seeds, lambda arms: {SEED: lambda: arms.seed})[SEED]
+    steps = clock(workshop, scale, [outcome for outcomes in table.values() for outcome in outcomes])
+    table |= on_all_seeds(workshop, scale, seeds, lambda arms: {DENSE_CLOCK: lambda: dense_by_clock(arms, steps)})
     by_seed = [{name: outcomes[number] for name, outcomes in table.items()} for number in range(len(seeds))]
     table[BEST_BRANCH] = [_best_branch(outcomes) for outcomes in by_seed]
     return Measured(table, steps, [model.record.result["loss_flatness"] for model in seed_models])
 
 
-def clock(scale: Scale, outcomes: Sequence[Outcome]) -> dict[str, float]:
+def clock(workshop: Workshop, scale: Scale, outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Seconds of a step by kind of work, measured once per home."""
-    return step_seconds(outcomes, token_folders(scale), scale, Home.current().path / "bench")
+    return step_seconds(outcomes, token_folders(workshop, scale), scale, workshop.store.root)
 
 
-def token_folders(scale: Scale) -> dict[str, Path]:
+def token_folders(workshop: Workshop, scale: Scale) -> dict[str, Path]:
     """By domain, the tokens of the first random seed."""
-    tokens = on_all_seeds(scale, (0,), lambda arms: {name: partial(_folder, arms, name) for name in scale.domains})
-    return {name: found[0] for name, found in tokens.items()}
+    arms = Arms(Lab(workshop, 0), scale)
+    return {name: arms.tokens[name].path for name in scale.domains}
 
 
-def _folder(arms: Arms, domain: str) -> Path:
-    return arms.tokens[domain].path
-
-
-def on_all_seeds(
-    scale: Scale, seeds: Sequence[int], wanted: Callable[[Arms], Mapping[str, Callable[[], Found]]]
-) -> dict[str, list[Found]]:
-    """What is `wanted`, by name, one per random seed; as many stages side by side as there are cores.
-
-    Raises the error of the stage that failed first, not those of the stages that it stopped.
-    """
+@contextmanager
+def workshop_here() -> Iterator[Workshop]:
+    """A workshop in the home's folder `bench`, with a cluster that is started in place and ends with the block."""
     cluster = Cluster()
     cluster.connect()
     try:
-        workshop = Workshop(Home.current().path / "bench", cluster, _tell)
-        with ThreadPoolExecutor(max_workers=MAX_WAITING) as pool:
-            try:
-                running = [
-                    {name: pool.submit(make) for name, make in wanted(Arms(Lab(workshop, seed), scale)).items()}
-                    for seed in seeds
-                ]
-                found = [{name: future.result() for name, future in one.items()} for one in running]
-            except StoppedError as error:
-                raise workshop.failure or error from None
-            finally:  # on Ctrl-C, nobody waits for what is running
-                workshop.stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+        yield Workshop(Home.current().path / "bench", cluster, tell)
     finally:
         cluster.shutdown()
+
+
+def on_all_seeds(
+    workshop: Workshop,
+    scale: Scale,
+    seeds: Sequence[int],
+    wanted: Callable[[Arms], Mapping[str, Callable[[], Found]]],
+) -> dict[str, list[Found]]:
+    """What is `wanted`, by name, one per random seed; as many stages side by side as there are cores.
+
+    Raises the error of the stage that failed first, not those of the stages that it stopped; the workshop makes nothing
+    more then.
+    """
+    with ThreadPoolExecutor(max_workers=MAX_WAITING) as pool:
+        try:
+            running = [
+                {name: pool.submit(make) for name, make in wanted(Arms(Lab(workshop, seed), scale)).items()}
+                for seed in seeds
+            ]
+            found = [{name: future.result() for name, future in one.items()} for one in running]
+        except BaseException as error:  # on Ctrl-C too, nobody waits for what is running
+            workshop.stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, StoppedError) and workshop.failure is not None:
+                raise workshop.failure from None
+            raise
     return {name: [one[name] for one in found] for name in found[0]}
 
 
@@ -166,7 +173,8 @@ def report(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """What was made or found, to who watches."""
     sys.stderr.write(f"{line}\n")
 
 

@@ -24,10 +24,10 @@ from moestro.config import (
     UncertainTokens,
     ZLoss,
 )
-from moestro_flows.home import Home
 from moestro_services.upcycling.arms import Arms, Outcome, Scale
-from moestro_services.upcycling.bench import SEEDS, full_scale, on_all_seeds, token_folders
+from moestro_services.upcycling.bench import SEEDS, full_scale, on_all_seeds, token_folders, workshop_here
 from moestro_services.upcycling.clock import Timed, seconds_of
+from moestro_services.upcycling.lab import Workshop
 from moestro_services.upcycling.rivals import MIXES, RECIPE
 from moestro_services.upcycling.statistics import Interval
 
@@ -67,14 +67,15 @@ class Tuned:
 def bench() -> dict[str, Any]:
     """Trains on the seeds and branches of `moestro bench upcycling`."""
     scale = full_scale()
-    found = on_all_seeds(scale, SEEDS, runs)
-    return report(found, costs(scale, found))
+    with workshop_here() as workshop:
+        found = on_all_seeds(workshop, scale, SEEDS, runs)
+        return report(found, costs(workshop, scale, found))
 
 
-def costs(scale: Scale, found: Mapping[str, Sequence[Tuned]]) -> dict[str, float]:
+def costs(workshop: Workshop, scale: Scale, found: Mapping[str, Sequence[Tuned]]) -> dict[str, float]:
     """Seconds of a step with each loss, measured alone on the models of the first random seed."""
     timed = {name: rows[0].timed for name, rows in found.items()}
-    return seconds_of(timed, token_folders(scale), scale, Home.current().path / "bench", what="losses")
+    return seconds_of(timed, token_folders(workshop, scale), scale, workshop.store.root, what="losses")
 
 
 def runs(arms: Arms) -> dict[str, Callable[[], Tuned]]:

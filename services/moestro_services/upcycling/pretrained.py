@@ -11,7 +11,7 @@ from typing import Any
 
 from moestro.config import load_lifecycle
 from moestro_services.upcycling.arms import Arms, Outcome, Scale, Trainable
-from moestro_services.upcycling.bench import clock, on_all_seeds
+from moestro_services.upcycling.bench import clock, on_all_seeds, workshop_here
 from moestro_services.upcycling.rivals import DENSE, RECIPE, SEED, SPARSE, UNTRAINED, rivals
 
 CONFIG = Path("examples/smollm2.yaml")
@@ -31,9 +31,10 @@ def bench() -> dict[str, Any]:
         learning_rate=1e-4,
         held_out_tokens=16_384,
     )
-    found = on_all_seeds(scale, SEEDS, shorter_list)
-    outcomes = {name: outcomes[0] for name, outcomes in found.items()}
-    return report(outcomes, clock(scale, list(outcomes.values())))
+    with workshop_here() as workshop:
+        found = on_all_seeds(workshop, scale, SEEDS, shorter_list)
+        outcomes = {name: outcomes[0] for name, outcomes in found.items()}
+        return report(outcomes, clock(workshop, scale, list(outcomes.values())))
 
 
 def shorter_list(arms: Arms) -> dict[str, Callable[[], Outcome]]:

@@ -17,7 +17,7 @@ from moestro.config import DomainSupervision, GlobalBatchLoss, ProfileConfig, Ro
 from moestro.models.files import read_origins
 from moestro_flows.home import Home
 from moestro_services.upcycling.arms import Arms
-from moestro_services.upcycling.bench import SEEDS, full_scale, on_all_seeds
+from moestro_services.upcycling.bench import SEEDS, full_scale, on_all_seeds, workshop_here
 from moestro_services.upcycling.drawing import draw_layers
 from moestro_services.upcycling.rivals import MIXES, RECIPE, SPARSE, recipe_tuned, sparse_tuned
 from moestro_services.upcycling.statistics import Interval, ratios
@@ -51,7 +51,8 @@ class Routing:
 
 def bench() -> dict[str, Any]:
     """Trains what `moestro bench upcycling` has not trained yet; draws `bench/specialisation.svg` in the home."""
-    found = on_all_seeds(full_scale(), SEEDS, models)
+    with workshop_here() as workshop:
+        found = on_all_seeds(workshop, full_scale(), SEEDS, models)
     picture = Home.current().path / "bench" / "specialisation.svg"
     draw_layers(
         {name: ([one.shares for one in rows], [one.distances for one in rows]) for name, rows in found.items()}, picture
