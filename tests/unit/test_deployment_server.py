@@ -163,14 +163,31 @@ def test_the_gate_passes_an_honest_checkpoint(checkpoint, tokens, tmp_path, noth
     assert refusals(deployment, deployment, result=result, champion_result=result) == []
 
 
+IMPOSSIBLE = {
+    "quality": CONFIG.quality.model_copy(update={"max_held_out_loss": {"math": 0.5}, "min_accuracy": 1.0}),
+    "routing": RoutingGate(max_load_variation=1e-6),
+    "latency": CONFIG.latency.model_copy(update={"max_first_token_seconds": 1e-9}),
+    "memory": MemoryGate(max_peak_gib=1e-3),
+}
+"""Bounds that cannot be met."""
+
+
 @pytest.mark.slow
-def test_where_vllm_returns_no_routing_the_record_says_so(checkpoint, tokens, tmp_path, nothing_left):
+def test_gates_are_overruled_by_a_reason_and_where_vllm_returns_no_routing_the_record_says_so(
+    checkpoint, tokens, tmp_path, nothing_left
+):
     sliding = tmp_path / "sliding"
     shutil.copytree(checkpoint, sliding)
     config = json.loads((sliding / "config.json").read_text())
     (sliding / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
-    deploy(CONFIG, model=Artifact(sliding, "rl", "0" * 64), tokens=tokens, job=job(tmp_path))
-    gates = json.loads((tmp_path / "out" / "deployment.json").read_text())["gates"]
+    forced = CONFIG.model_copy(update=IMPOSSIBLE | {"force": "a rehearsal"})
+    result = deploy(forced, model=Artifact(sliding, "rl", "0" * 64), tokens=tokens, job=job(tmp_path))
+    deployment = json.loads((tmp_path / "out" / "deployment.json").read_text())
+    assert deployment["forced"] == "a rehearsal"
+    gates = deployment["gates"]
+    assert [gates[name]["passed"] for name in ("quality", "latency", "memory")] == [False, None, None]
+    assert [result["passed"][name] for name in ("quality", "latency", "memory")] == [False] * 3
+    assert len(result["refused"]) == 4
     assert gates["parity"]["note"].startswith("routing was not compared: vLLM returns none")
     assert gates["parity"]["figures"]["routing_agreement"] is None
     assert gates["parity"]["figures"]["max_logprob_difference"] <= 1e-4
@@ -179,7 +196,7 @@ def test_where_vllm_returns_no_routing_the_record_says_so(checkpoint, tokens, tm
 
 
 @pytest.mark.slow
-def test_gates_refuse_together_and_are_overruled_by_a_reason(checkpoint, tokens, tmp_path, monkeypatch, nothing_left):
+def test_gates_refuse_together(checkpoint, tokens, tmp_path, monkeypatch, nothing_left):
     """Other weights are served than transformers reads, and every other gate has a bound that cannot be met."""
 
     def perturbed(*args, **kwargs):
@@ -189,13 +206,7 @@ def test_gates_refuse_together_and_are_overruled_by_a_reason(checkpoint, tokens,
         return model
 
     monkeypatch.setattr("moestro.deployment.stage.load_model", perturbed)
-    bounds = {
-        "quality": CONFIG.quality.model_copy(update={"max_held_out_loss": {"math": 0.5}, "min_accuracy": 1.0}),
-        "routing": RoutingGate(max_load_variation=1e-6),
-        "latency": CONFIG.latency.model_copy(update={"max_first_token_seconds": 1e-9}),
-        "memory": MemoryGate(max_peak_gib=1e-3),
-    }
-    config, model = CONFIG.model_copy(update=bounds), Artifact(checkpoint, "rl", "0" * 64)
+    config, model = CONFIG.model_copy(update=IMPOSSIBLE), Artifact(checkpoint, "rl", "0" * 64)
     expected = (
         r"5 gates refuse tiny\. parity: .*differ by up to .* nats .*at most 0\.001 is allowed",
         r"quality: the held-out loss of math is .*at most 0\.5 .*; quality: task accuracy is .*at least 1 ",
@@ -206,13 +217,6 @@ def test_gates_refuse_together_and_are_overruled_by_a_reason(checkpoint, tokens,
         deploy(config, model=model, tokens=tokens, job=attempt)
     assert "Nothing was deployed" in refused.value.hint
     assert not list(attempt.out.iterdir())
-    forced = config.model_copy(update={"force": "a rehearsal"})
-    result = deploy(forced, model=model, tokens=tokens, job=attempt)
-    deployment = json.loads((attempt.out / "deployment.json").read_text())
-    assert deployment["forced"] == "a rehearsal"
-    assert [gate["passed"] for gate in deployment["gates"].values()] == [False, False, False, None, None]
-    assert len(result["refused"]) == 6
-    assert not any(result["passed"].values())
 
 
 @pytest.mark.parametrize(("parser", "flags"), [("", []), ("hermes", ["--tool-call-parser", "hermes"])])
@@ -235,40 +239,45 @@ def test_on_a_cpu_prompts_are_not_prefilled_in_chunks(checkpoint, tmp_path, monk
     assert server._command()[-2:] == ["--last", "1"]
 
 
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    """One that runs."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with VllmServer(checkpoint, ServerConfig(name="x", max_model_len=128), log=log) as running:
+        running.start()
+        yield running
+
+
 @pytest.mark.slow
-def test_seeds_do_not_end_the_engine(checkpoint, tmp_path, nothing_left):
+def test_seeds_do_not_end_the_engine(server):
     """More prompts at once than one step takes: some would be prefilled in two."""
-    with VllmServer(checkpoint, ServerConfig(name="x", max_model_len=128), log=tmp_path / "log") as server:
-        server.start()
-        prompts = [[prompt + 1, *range(2, 120)] for prompt in range(48)]
-        ask = {"model": "x", "prompt": prompts, "max_tokens": 2, "seed": 7, "temperature": 1.0}
-        headers = {"Authorization": f"Bearer {server.api_key}"}
-        first, again = (
-            httpx.post(f"{server.url}/v1/completions", json=ask, headers=headers, timeout=120).json() for _ in range(2)
-        )
-        assert len(first["choices"]) == len(prompts)
-        assert [choice["text"] for choice in first["choices"]] == [choice["text"] for choice in again["choices"]]
-        assert server.healthy()
+    prompts = [[prompt + 1, *range(2, 120)] for prompt in range(48)]
+    ask = {"model": "x", "prompt": prompts, "max_tokens": 2, "seed": 7, "temperature": 1.0}
+    headers = {"Authorization": f"Bearer {server.api_key}"}
+    first, again = (
+        httpx.post(f"{server.url}/v1/completions", json=ask, headers=headers, timeout=120).json() for _ in range(2)
+    )
+    assert len(first["choices"]) == len(prompts)
+    assert [choice["text"] for choice in first["choices"]] == [choice["text"] for choice in again["choices"]]
+    assert server.healthy()
 
 
 @pytest.mark.slow
-def test_nothing_but_its_health_is_told_without_the_servers_key(checkpoint, tmp_path, nothing_left):
-    with VllmServer(checkpoint, ServerConfig(name="x", max_model_len=64), log=tmp_path / "log") as server:
-        server.start()
-        with httpx.Client(base_url=server.url, timeout=120) as asking:
-            own = {"Authorization": f"Bearer {server.api_key}"}
-            paths = asking.get("/openapi.json", headers=own).json()["paths"]
-            assert {"/invocations", "/tokenize", "/version", "/v1/completions"} <= paths.keys()
-            found = {
-                (path, method): asking.request(method, path, headers={"Authorization": "Bearer another"}).status_code
-                for path in [*paths, "/metrics", "/openapi.json", "/docs", "//health", "/health/"]
-                for method in ("GET", "POST")
-                if path != "/health"
-            }
-            assert set(found.values()) == {401}, found
-            assert asking.post("/invocations", json={}).status_code == 401
-            asked = {"model": "x", "prompt": [1, 2], "max_tokens": 1}
-            assert asking.post("/invocations", json=asked, headers=own).status_code == 200
+def test_nothing_but_its_health_is_told_without_the_servers_key(server):
+    with httpx.Client(base_url=server.url, timeout=120) as asking:
+        own = {"Authorization": f"Bearer {server.api_key}"}
+        paths = asking.get("/openapi.json", headers=own).json()["paths"]
+        assert {"/invocations", "/tokenize", "/version", "/v1/completions"} <= paths.keys()
+        found = {
+            (path, method): asking.request(method, path, headers={"Authorization": "Bearer another"}).status_code
+            for path in [*paths, "/metrics", "/openapi.json", "/docs", "//health", "/health/"]
+            for method in ("GET", "POST")
+            if path != "/health"
+        }
+        assert set(found.values()) == {401}, found
+        assert asking.post("/invocations", json={}).status_code == 401
+        asked = {"model": "x", "prompt": [1, 2], "max_tokens": 1}
+        assert asking.post("/invocations", json=asked, headers=own).status_code == 200
 
 
 @pytest.mark.slow
