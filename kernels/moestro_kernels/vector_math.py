@@ -2,10 +2,9 @@
 
 On a CPU with MKL PyTorch computes exp, cos, sqrt and their like with its vector functions, on several threads. The MKL
 in PyTorch's builds (2024.2) chooses a kernel when such a function is called first, and if several threads call it at
-once, one of them may get one of low precision for its share: eleven bits of float32's twenty-four. That happens once in
-some thirty processes on a busy machine (pytorch/pytorch#188792), and stays where a result is kept, such as vLLM's table
-of rotary cosines: a model server then has log-probabilities 1e-4 off until it is started again, and a run that is
-resumed does not end in the same bytes.
+once, one of them may get one of low precision for its share: eleven bits of float32's twenty-four. That is rare, comes
+about on busy machines (pytorch/pytorch#188792), and stays where a result is kept, such as vLLM's table of rotary
+cosines: a model server then has log-probabilities 1e-4 off until it is started again.
 """
 
 import functools
