@@ -237,13 +237,13 @@ class Stream(BaseHTTPRequestHandler):
             self.pair.wait()
         self.send_response(self.status)
         self.end_headers()
-        for number in range(self.tokens):
-            self._event({"choices": [{"text": str(number)}]})
-        self._event({"choices": [], "usage": {"completion_tokens": self.tokens}})
-        self.wfile.write(b"data: [DONE]\n\n")
+        said: list[dict[str, Any]] = [{"choices": [{"text": str(number)}]} for number in range(self.tokens)]
+        said.append({"choices": [], "usage": {"completion_tokens": self.tokens}})
+        self.stream([b"data: " + json.dumps(event).encode() + b"\n\n" for event in said] + [b"data: [DONE]\n\n"])
 
-    def _event(self, content: dict[str, Any]) -> None:
-        self.wfile.write(b"data: " + json.dumps(content).encode() + b"\n\n")
+    def stream(self, events: list[bytes]) -> None:
+        for event in events:
+            self.wfile.write(event)
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -271,6 +271,18 @@ def test_answers_are_timed_side_by_side_and_from_no_cache() -> None:
     assert len({request["cache_salt"] for request in Stream.asked}) == 5  # the first of them warms up
     assert {request["authorization"] for request in Stream.asked} == {"Bearer secret"}
     assert "secret" not in repr(endpoint)
+
+
+def test_tokens_that_come_at_once_share_the_time_of_all() -> None:
+    class AtOnce(Stream):
+        pair = threading.Barrier(1)
+
+        def stream(self, events: list[bytes]) -> None:
+            self.wfile.write(b"".join(events))
+
+    with upstream(AtOnce) as url:
+        (timing,) = time_over_http(Endpoint(url, "tiny"), [[1, 2]], output_tokens=3, concurrency=1)
+    assert timing.per_token_seconds == pytest.approx(timing.first_token_seconds / 3)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import httpx
 from moestro.errors import ResourceError
 from moestro.inference.client import COMPLETIONS, Endpoint
 
-EVENT = "data: "
-END = "[DONE]"
+EVENT = b"data: "
+END = b"[DONE]"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Timing:
     first_token_seconds: float
     """From sending the request to its first token."""
     per_token_seconds: float
-    """Mean time of each token after the first."""
+    """Mean time of each token after the first. Where all came at once, as to a client that waits for a core: the share
+    of each in the time of all."""
 
 
 def time_over_http(
@@ -61,19 +62,25 @@ def _time(client: httpx.Client, request: dict[str, Any]) -> Timing:
         with client.stream("POST", COMPLETIONS, json=request) as response:
             if response.status_code != httpx.codes.OK:
                 raise ResourceError(f"The server answered {response.status_code}: {response.read()[:500]!r}")
-            for event in _events(response):
+            for at, event in _events(response):
                 if event.get("choices"):
-                    arrived.append(time.perf_counter())
+                    arrived.append(at)
                 if event.get("usage"):
                     tokens = int(event["usage"]["completion_tokens"])
     except httpx.HTTPError as error:
         raise ResourceError(f"The server at {client.base_url} does not answer: {error}.") from None
     if not arrived or tokens != request["max_tokens"]:
         raise ResourceError(f"The server answered {tokens} tokens where {request['max_tokens']} were asked for.")
-    return Timing(arrived[0] - started, (arrived[-1] - arrived[0]) / (tokens - 1))
+    first, last = arrived[0], arrived[-1]
+    return Timing(first - started, (last - first) / (tokens - 1) if last > first else (last - started) / tokens)
 
 
-def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    for line in response.iter_lines():
-        if line.startswith(EVENT) and (content := line.removeprefix(EVENT)) != END:
-            yield json.loads(content)
+def _events(response: httpx.Response) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Events, each with the time at which it was read: the same for those that came together."""
+    rest = b""
+    for read in response.iter_bytes():
+        at = time.perf_counter()
+        *lines, rest = (rest + read).split(b"\n")
+        for line in lines:
+            if line.startswith(EVENT) and (content := line.removeprefix(EVENT).strip()) != END:
+                yield at, json.loads(content)
