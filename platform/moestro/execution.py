@@ -128,6 +128,9 @@ def _use_threads(count: int | None) -> None:
         return
     import torch
 
+    from moestro_kernels.vector_math import settle_vector_math
+
+    settle_vector_math()
     torch.set_num_threads(count)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from moestro_services.upcycling.bench import (
     on_all_seeds,
     report,
     tell,
+    token_folders,
     workshop_here,
 )
 from moestro_services.upcycling.lab import Workshop
@@ -48,7 +50,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
 
 @pytest.fixture(scope="module")
 def measured(workshop: Workshop) -> Measured:
-    return measure(workshop, SMALL, (0,))
+    return measure(lambda: nullcontext(workshop), SMALL, (0,))
 
 
 def test_every_rival_is_measured_on_every_domain(measured: Measured) -> None:
@@ -82,7 +84,7 @@ def test_a_second_run_trains_nothing(
     workshop: Workshop, measured: Measured, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = Workshop(workshop.store.root, workshop.cluster, tell)
-    assert measure(again, SMALL, (0,)).table[rivals.RECIPE][0] == measured.table[rivals.RECIPE][0]
+    assert measure(lambda: nullcontext(again), SMALL, (0,)).table[rivals.RECIPE][0] == measured.table[rivals.RECIPE][0]
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seed 0")]
     assert told
     assert all(line.endswith(": found") for line in told)
@@ -111,7 +113,7 @@ def test_losses_are_compared_on_one_mixture(
             monkeypatch.delitem(known, name)
     found = on_all_seeds(workshop, SMALL, (0,), losses.runs)
     assert found.keys() == losses.SOFTMAX.keys() | losses.BIASED.keys()
-    costs = losses.costs(workshop, SMALL, found)
+    costs = losses.costs(token_folders(workshop, SMALL), SMALL, found)
     assert all(seconds > 0 for seconds in costs.values())
     assert len(losses.report(found, costs)["rows"]) == len(found)
 

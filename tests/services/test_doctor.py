@@ -1,5 +1,6 @@
 """`moestro doctor`: what it finds on this machine, and what it says about a poorer one."""
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def test_packages_are_held_against_what_is_asked_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(software.importlib.metadata, "requires", lambda _: wanted)
     found = {package.name: package.ok for package in software.packages()}
     assert found == {"typer": False, "no-such-package": False, "pydantic": True}
+
+
+def test_vllm_without_moestros_plugin_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert software.has_plugin()
+    monkeypatch.setattr(software, "PROBES", dict.fromkeys(software.PROBES, "print('{}')"))
+    monkeypatch.setattr(software.importlib.metadata, "entry_points", lambda **_: importlib.metadata.EntryPoints())
+    found = examine(Home(tmp_path))
+    assert not found.ready
+    assert [lack.what for lack in found.lacks if lack.required] == ["Moestro among vLLM's plugins"]
 
 
 def test_a_home_with_a_broken_record_is_named(built_home: Home) -> None:

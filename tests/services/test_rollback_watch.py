@@ -20,18 +20,15 @@ class Rolled:
     """Hears of rollbacks."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[str, str]] = []
+        self.heard: list[tuple[str, str, str]] = []
+        """Model, reason and version."""
         self.changed = threading.Condition()
         self.busy = 0
         self.changes = True
-        self.threads: list[threading.Thread] = []
-        self.version = ""
 
     def __call__(self, name: str, version: str, reason: str) -> bool:
         with self.changed:
-            self.version = version
-            self.heard.append((name, reason))
-            self.threads.append(threading.current_thread())
+            self.heard.append((name, reason, version))
             self.changed.notify_all()
             if self.busy:
                 self.busy -= 1
@@ -41,14 +38,14 @@ class Rolled:
     def times(self, count: int) -> None:
         with self.changed:
             assert self.changed.wait_for(lambda: len(self.heard) >= count, 30)
-            assert len(self.heard) == count
-        for thread in self.threads:
+        for thread in [thread for thread in threading.enumerate() if thread.name == "rollback"]:
             thread.join(30)
+        assert len(self.heard) == count
 
     def once(self, version: str) -> None:
         """One rollback was asked for, of this version."""
         self.times(1)
-        assert self.version == version
+        assert self.heard[0][2] == version
 
 
 class Scene:
@@ -239,6 +236,30 @@ def test_a_young_champion_and_a_canary_are_judged_at_once(scene: Scene, failing:
     for version in ("2", "3"):
         scene.answers(version, 50, failed=50 * (version == failing))
     scene.rolled.once(failing)
+
+
+def test_a_canary_goes_on_against_the_champion_that_is_back(scene: Scene) -> None:
+    scene.answers("1", 50)
+    scene.registry(champion="2", previous="1")
+    scene.registry(0.2, champion="2", previous="1", challenger="3")
+    for _ in range(10):  # both fail: the canary does no worse than what it is judged against
+        scene.answers("2", 3, failed=3)
+        scene.answers("3", 3, failed=3)
+    scene.rolled.once("2")
+    scene.registry(0.2, champion="1", previous="2", challenger="3")
+    scene.answers("1", 30)
+    scene.answers("3", 30, failed=30)
+    scene.rolled.times(2)
+    assert scene.rolled.heard[1][2] == "3"
+
+
+def test_a_champion_that_is_still_called_the_canary_is_judged_as_champion(scene: Scene) -> None:
+    scene.answers("1", 50)
+    scene.registry(0.2, champion="1", challenger="2")
+    scene.registry(0.2, champion="2", previous="1", challenger="2")  # by hand: one alias after the other
+    scene.registry(champion="2", previous="1")
+    scene.answers("2", 50, failed=50)
+    scene.rolled.once("2")
 
 
 def test_a_canary_that_becomes_champion_is_judged_from_then_on_as_one(scene: Scene) -> None:

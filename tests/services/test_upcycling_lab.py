@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moestro.config import BuiltinSource, CorpusConfig, DomainConfig
-from moestro.errors import InputError, StoppedError
+from moestro.errors import InputError
 from moestro_services.upcycling import bench
 from moestro_services.upcycling.lab import Lab, Workshop
 
@@ -26,9 +26,9 @@ def corpus(name: str) -> CorpusConfig:
     return CorpusConfig(domain=DomainConfig(name=name, source=BuiltinSource(name="docs", max_bytes=2000)))
 
 
-def test_a_stopped_stage_does_not_hide_why_it_was_stopped(tmp_path: Path) -> None:
+def test_after_a_failure_nothing_is_begun_and_it_is_the_failure_that_is_told(tmp_path: Path) -> None:
     cause = InputError("The corpus is empty.")
-    cluster = FakeCluster(cause, StoppedError())
+    cluster = FakeCluster(cause)
 
     def wanted(arms: bench.Arms) -> dict[str, object]:
         with pytest.raises(InputError):
@@ -37,7 +37,7 @@ def test_a_stopped_stage_does_not_hide_why_it_was_stopped(tmp_path: Path) -> Non
 
     with pytest.raises(InputError, match="The corpus is empty"):
         bench.on_all_seeds(Workshop(tmp_path, cluster, bench.tell), bench.full_scale(), (0,), wanted)
-    assert cluster.asked == 2
+    assert cluster.asked == 1
 
 
 def test_whoever_asks_again_gets_the_same_failure_without_another_run(tmp_path: Path) -> None:

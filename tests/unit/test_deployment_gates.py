@@ -26,12 +26,12 @@ from moestro.data.tasks import Task
 from moestro.data.tokenizer import train_bpe
 from moestro.deployment.gates import GATES, Subject, latency, memory, quality, routing
 from moestro.deployment.gates.gate import above
-from moestro.deployment.stage import _refusal
+from moestro.deployment.stage import _deployment, _refusal
 from moestro.errors import ResourceError
 from moestro.inference.client import Endpoint, routes_over_http
 from moestro.inference.footprint import machine, peak_memory
 from moestro.inference.routes import RoutingShape
-from moestro.inference.timing import time_over_http
+from moestro.inference.timing import time_over_http, timing_of
 from moestro.profiling.figures import load_variation
 
 SUM = TaskConfig(name="chain_sum", arguments={"max_terms": 2, "max_digits": 1})
@@ -222,6 +222,17 @@ def test_a_refusal_counts_gates_and_tells_of_bfloat16_only_where_parity_failed(
     assert "bfloat16" not in error.hint
 
 
+def test_forced_past_every_gate_the_deployment_says_which_refused(tmp_path: Path, checkpoint: Path) -> None:
+    forced = subject(checkpoint, tmp_path, force="a rehearsal")
+    gates = {name: kind(forced) for name, kind in GATES.items()}
+    verdicts = {name: latency.Verdict(refused=("no",), thresholds=getattr(forced.config, name)) for name in GATES}
+    told = _deployment(forced, gates, verdicts)
+    assert told["forced"] == "a rehearsal"
+    timed = dict.fromkeys(("latency", "memory"))
+    found = {name: gate["passed"] for name, gate in told["gates"].items()}
+    assert found == dict.fromkeys(GATES, False) | timed
+
+
 class Stream(BaseHTTPRequestHandler):
     """Answers a completion as vLLM streams it. Requests that count wait until two are there."""
 
@@ -275,14 +286,34 @@ def test_answers_are_timed_side_by_side_and_from_no_cache() -> None:
 
 def test_tokens_that_come_at_once_share_the_time_of_all() -> None:
     class AtOnce(Stream):
+        """As uvicorn streams: a chunk for each event; but a client sees all of them in one read."""
+
+        protocol_version = "HTTP/1.1"
         pair = threading.Barrier(1)
 
+        def send_response(self, *arguments: Any) -> None:
+            super().send_response(*arguments)
+            self.send_header("Transfer-Encoding", "chunked")
+
         def stream(self, events: list[bytes]) -> None:
-            self.wfile.write(b"".join(events))
+            self.wfile.write(b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in [*events, b""]))
 
     with upstream(AtOnce) as url:
         (timing,) = time_over_http(Endpoint(url, "tiny"), [[1, 2]], output_tokens=3, concurrency=1)
-    assert timing.per_token_seconds == pytest.approx(timing.first_token_seconds / 3)
+    assert timing.per_token_seconds == pytest.approx(timing.first_token_seconds / 3, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arrived", "tokens", "per_token"),
+    [
+        ([5.0, 5.1, 5.2, 5.3], 4, 0.1),
+        ([5.0, 5.2], 4, 0.1),  # two tokens with each event
+        ([5.3, 5.3001, 5.3002, 5.4], 4, 0.1),  # the client was late for all but the last
+        ([5.4, 5.4001, 5.4002, 5.4003], 4, 0.1),  # and for all
+    ],
+)
+def test_a_late_client_does_not_make_a_server_fast(arrived: list[float], tokens: int, per_token: float) -> None:
+    assert timing_of(5.0, arrived, tokens).per_token_seconds == pytest.approx(per_token, rel=1e-2)
 
 
 @pytest.mark.parametrize(

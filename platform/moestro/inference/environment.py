@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+from collections.abc import Mapping
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -14,19 +15,30 @@ QUIET = {
 }
 
 
+PLUGINS, PLUGIN = "VLLM_PLUGINS", "moestro"
+"""Variable with the names of the plugins that vLLM is to load, and the name of Moestro's."""
+
+
 def quiet_environment() -> None:
     """Prepare this process for a vLLM that runs in it. Call before vLLM is imported: it reads its settings once."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ.update(_with_plugin(os.environ))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def server_environment() -> dict[str, str]:
     """The environment of a vLLM server in a process of its own."""
-    environment = QUIET | dict(os.environ)
+    environment = QUIET | dict(os.environ) | _with_plugin(os.environ)
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     environment["VLLM_LOGGING_LEVEL"] = "INFO"
     return environment
+
+
+def _with_plugin(environment: Mapping[str, str]) -> dict[str, str]:
+    """vLLM's list of plugins with Moestro's in it, if the environment has such a list: without one it takes all."""
+    named = environment.get(PLUGINS)
+    return {} if named is None else {PLUGINS: ",".join(dict.fromkeys([*filter(None, named.split(",")), PLUGIN]))}
 
 
 def computes_on_cpu() -> bool:

@@ -12,8 +12,10 @@ import httpx
 from moestro.errors import ResourceError
 from moestro.inference.client import COMPLETIONS, Endpoint
 
-EVENT = b"data: "
-END = b"[DONE]"
+EVENT = "data: "
+END = "[DONE]"
+TOGETHER_SECONDS = 5e-4
+"""Tokens that come closer than this came at once: to a client that had to wait for a core, all that it had missed."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,7 @@ class Timing:
     first_token_seconds: float
     """From sending the request to its first token."""
     per_token_seconds: float
-    """Mean time of each token after the first. Where all came at once, as to a client that waits for a core: the share
-    of each in the time of all."""
+    """Mean time of a token that came after the first; where all came at once, the share of one in the whole time."""
 
 
 def time_over_http(
@@ -62,25 +63,28 @@ def _time(client: httpx.Client, request: dict[str, Any]) -> Timing:
         with client.stream("POST", COMPLETIONS, json=request) as response:
             if response.status_code != httpx.codes.OK:
                 raise ResourceError(f"The server answered {response.status_code}: {response.read()[:500]!r}")
-            for at, event in _events(response):
+            for event in _events(response):
                 if event.get("choices"):
-                    arrived.append(at)
+                    arrived.append(time.perf_counter())
                 if event.get("usage"):
                     tokens = int(event["usage"]["completion_tokens"])
     except httpx.HTTPError as error:
         raise ResourceError(f"The server at {client.base_url} does not answer: {error}.") from None
     if not arrived or tokens != request["max_tokens"]:
         raise ResourceError(f"The server answered {tokens} tokens where {request['max_tokens']} were asked for.")
+    return timing_of(started, arrived, tokens)
+
+
+def timing_of(started: float, arrived: Sequence[float], tokens: int) -> Timing:
+    """What a request sent at `started` took, whose `tokens` came with the events that `arrived` in turn."""
     first, last = arrived[0], arrived[-1]
-    return Timing(first - started, (last - first) / (tokens - 1) if last > first else (last - started) / tokens)
+    later = sum(at - first >= TOGETHER_SECONDS for at in arrived)
+    if not later:
+        return Timing(first - started, (last - started) / tokens)
+    return Timing(first - started, (last - first) / (later * tokens / len(arrived)))
 
 
-def _events(response: httpx.Response) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Events, each with the time at which it was read: the same for those that came together."""
-    rest = b""
-    for read in response.iter_bytes():
-        at = time.perf_counter()
-        *lines, rest = (rest + read).split(b"\n")
-        for line in lines:
-            if line.startswith(EVENT) and (content := line.removeprefix(EVENT).strip()) != END:
-                yield at, json.loads(content)
+def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith(EVENT) and (content := line.removeprefix(EVENT)) != END:
+            yield json.loads(content)

@@ -122,14 +122,16 @@ class Watch:
             for kept in (self._suspects, self._windows):
                 for key in [key for key in kept if key[0] not in table]:
                     del kept[key]
+            self._tried = {key for key in self._tried if key[0] in table}
+            self._champions = {name: version for name, version in self._champions.items() if name in table}
 
     def _follow(self, route: Route) -> None:
         champion = route.champion.version.version if route.champion else ""
+        canary = route.canary.version.version if route.canary else ""
         self._follow_champion(route, champion)
-        if route.canary is not None:
+        if route.canary is not None and canary != champion:
             self._follow_canary(route, route.canary, champion)
-        judged = {champion, route.canary.version.version if route.canary else ""}
-        for key in [key for key in self._suspects if key[0] == route.name and key[1] not in judged]:
+        for key in [key for key in self._suspects if key[0] == route.name and key[1] not in (champion, canary)]:
             del self._suspects[key]
 
     def _follow_champion(self, route: Route, champion: str) -> None:
@@ -224,7 +226,8 @@ class Watch:
             suspect.acted = False
             return
         if changed:
-            self.rollbacks[name] += 1
+            with self._lock:
+                self.rollbacks[name] += 1
 
 
 def _slow(streamed: bool, bound: float, request: Request) -> bool:

@@ -112,6 +112,8 @@ def _of_packages(packages: list[software.Package], libraries: dict[str, software
             required=not libraries["transformers"].ok,
             remedy=f"Their PyPI builds do not match a CPU torch: `pip uninstall {' '.join(extra)}`.",
         )
+    if not software.has_plugin():
+        yield Lack(what="Moestro among vLLM's plugins", required=True, remedy="Run `make env` again.")
 
 
 def _of_programs(

@@ -12,6 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from moestro.config import Config
+from moestro.inference.environment import PLUGIN
 
 PROBES = {
     "torch": "import torch, json; print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, "
@@ -79,6 +80,11 @@ def _installed(name: str) -> str | None:
 def mismatched() -> list[str]:
     """Installed packages whose PyPI builds break transformers beside a CPU build of torch."""
     return [name for name in MISMATCHED if _installed(name)]
+
+
+def has_plugin() -> bool:
+    """Whether vLLM finds Moestro among its plugins, as it does once the distribution is installed."""
+    return PLUGIN in importlib.metadata.entry_points(group="vllm.general_plugins").names
 
 
 def probe(environment: Mapping[str, str]) -> dict[str, Probe]:

@@ -7,7 +7,7 @@ a run that was stopped goes on, and a finished one only measures again.
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +42,7 @@ SEED_STEPS, SEED_BATCH = 6000, 16
 MAX_WAITING = 64
 """Threads that wait for stages; all rivals of all seeds must fit, for some wait for others."""
 Found = TypeVar("Found")
+Opening = Callable[[], AbstractContextManager[Workshop]]
 Table = Mapping[str, Sequence[Outcome]]
 """By rival, one outcome per random seed."""
 BOUNDS = (
@@ -70,8 +71,7 @@ class Measured:
 
 def bench() -> dict[str, Any]:
     """The first run trains everything; a later one only measures again."""
-    with workshop_here() as workshop:
-        return report(measure(workshop, full_scale(), SEEDS))
+    return report(measure(workshop_here, full_scale(), SEEDS))
 
 
 def full_scale(seed_steps: int = SEED_STEPS) -> Scale:
@@ -83,20 +83,23 @@ def full_scale(seed_steps: int = SEED_STEPS) -> Scale:
     return Scale(lifecycle.model_copy(update={"seed": seed}), branch_steps=600, tune_steps=600)
 
 
-def measure(workshop: Workshop, scale: Scale, seeds: Sequence[int]) -> Measured:
-    """Every rival from every random seed, and the best branch of each."""
-    table = on_all_seeds(workshop, scale, seeds, rivals)
-    seed_models = on_all_seeds(workshop, scale, seeds, lambda arms: {SEED: lambda: arms.seed})[SEED]
-    steps = clock(workshop, scale, [outcome for outcomes in table.values() for outcome in outcomes])
-    table |= on_all_seeds(workshop, scale, seeds, lambda arms: {DENSE_CLOCK: lambda: dense_by_clock(arms, steps)})
+def measure(opened: Opening, scale: Scale, seeds: Sequence[int]) -> Measured:
+    """Every rival from every random seed, and the best branch of each. Steps are timed while no workshop is open."""
+    with opened() as workshop:
+        table = on_all_seeds(workshop, scale, seeds, rivals)
+        seed_models = on_all_seeds(workshop, scale, seeds, lambda arms: {SEED: lambda: arms.seed})[SEED]
+        tokens = token_folders(workshop, scale)
+    steps = clock(tokens, scale, [outcome for outcomes in table.values() for outcome in outcomes])
+    with opened() as workshop:
+        table |= on_all_seeds(workshop, scale, seeds, lambda arms: {DENSE_CLOCK: lambda: dense_by_clock(arms, steps)})
     by_seed = [{name: outcomes[number] for name, outcomes in table.items()} for number in range(len(seeds))]
     table[BEST_BRANCH] = [_best_branch(outcomes) for outcomes in by_seed]
     return Measured(table, steps, [model.record.result["loss_flatness"] for model in seed_models])
 
 
-def clock(workshop: Workshop, scale: Scale, outcomes: Sequence[Outcome]) -> dict[str, float]:
+def clock(tokens: Mapping[str, Path], scale: Scale, outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Seconds of a step by kind of work, measured once per home."""
-    return step_seconds(outcomes, token_folders(workshop, scale), scale, workshop.store.root)
+    return step_seconds(outcomes, tokens, scale, Home.current().path / "bench")
 
 
 def token_folders(workshop: Workshop, scale: Scale) -> dict[str, Path]:
@@ -124,8 +127,8 @@ def on_all_seeds(
 ) -> dict[str, list[Found]]:
     """What is `wanted`, by name, one per random seed; as many stages side by side as there are cores.
 
-    Raises the error of the stage that failed first, not those of the stages that it stopped; the workshop makes nothing
-    more then.
+    Raises the error of the stage that failed first, not those of the stages that it stopped; the workshop begins
+    nothing more then.
     """
     with ThreadPoolExecutor(max_workers=MAX_WAITING) as pool:
         try:

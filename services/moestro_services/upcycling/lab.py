@@ -12,6 +12,7 @@ from typing import Any
 from moestro.artifacts import Artifact, ArtifactStore
 from moestro.cluster import Cluster
 from moestro.config import Config, Resources
+from moestro.errors import StoppedError
 from moestro.execution import Step
 from moestro.stages import flatten
 
@@ -38,7 +39,7 @@ class Workshop:
         """The first one; what it stopped failed because of it."""
 
     def run(self, name: str, stage: str, config: Config, inputs: Mapping[str, Any]) -> Artifact:
-        """The artifact, on one core of the cluster. Raises what the stage raises."""
+        """The artifact, on one core of the cluster. Raises what the stage raises, `StoppedError` after a failure."""
         roles = (f"{role}={item.fingerprint}" for role, item in sorted(flatten(inputs).items()))
         key = (stage, config.model_dump_json(), *roles)
         with self._lock:
@@ -59,6 +60,8 @@ class Workshop:
     def _run(self, name: str, step: Step) -> Artifact:
         identity = step.identity(step.roles())
         found = self.store.find(step.stage, identity)
+        if found is None and self.stop.is_set():
+            raise StoppedError
         artifact = found or self.cluster.run(
             self.store, step, resources=Resources(cpus=1), reporter=_Quiet(), stopped=self.stop.is_set
         )

@@ -7,6 +7,7 @@ branches mixed with `selection: loss_free`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from moestro.config import (
@@ -24,10 +25,10 @@ from moestro.config import (
     UncertainTokens,
     ZLoss,
 )
+from moestro_flows.home import Home
 from moestro_services.upcycling.arms import Arms, Outcome, Scale
 from moestro_services.upcycling.bench import SEEDS, full_scale, on_all_seeds, token_folders, workshop_here
 from moestro_services.upcycling.clock import Timed, seconds_of
-from moestro_services.upcycling.lab import Workshop
 from moestro_services.upcycling.rivals import MIXES, RECIPE
 from moestro_services.upcycling.statistics import Interval
 
@@ -69,13 +70,14 @@ def bench() -> dict[str, Any]:
     scale = full_scale()
     with workshop_here() as workshop:
         found = on_all_seeds(workshop, scale, SEEDS, runs)
-        return report(found, costs(workshop, scale, found))
+        tokens = token_folders(workshop, scale)
+    return report(found, costs(tokens, scale, found))
 
 
-def costs(workshop: Workshop, scale: Scale, found: Mapping[str, Sequence[Tuned]]) -> dict[str, float]:
+def costs(tokens: Mapping[str, Path], scale: Scale, found: Mapping[str, Sequence[Tuned]]) -> dict[str, float]:
     """Seconds of a step with each loss, measured alone on the models of the first random seed."""
     timed = {name: rows[0].timed for name, rows in found.items()}
-    return seconds_of(timed, token_folders(workshop, scale), scale, workshop.store.root, what="losses")
+    return seconds_of(timed, tokens, scale, Home.current().path / "bench", what="losses")
 
 
 def runs(arms: Arms) -> dict[str, Callable[[], Tuned]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moestro.config import load_lifecycle
 from moestro_services.upcycling.arms import Arms, Outcome, Scale, Trainable
-from moestro_services.upcycling.bench import clock, on_all_seeds, workshop_here
+from moestro_services.upcycling.bench import clock, on_all_seeds, token_folders, workshop_here
 from moestro_services.upcycling.rivals import DENSE, RECIPE, SEED, SPARSE, UNTRAINED, rivals
 
 CONFIG = Path("examples/smollm2.yaml")
@@ -33,8 +33,9 @@ def bench() -> dict[str, Any]:
     )
     with workshop_here() as workshop:
         found = on_all_seeds(workshop, scale, SEEDS, shorter_list)
-        outcomes = {name: outcomes[0] for name, outcomes in found.items()}
-        return report(outcomes, clock(workshop, scale, list(outcomes.values())))
+        tokens = token_folders(workshop, scale)
+    outcomes = {name: outcomes[0] for name, outcomes in found.items()}
+    return report(outcomes, clock(tokens, scale, list(outcomes.values())))
 
 
 def shorter_list(arms: Arms) -> dict[str, Callable[[], Outcome]]:
