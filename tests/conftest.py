@@ -1,6 +1,7 @@
 """Settings for all tests, and tiny models: config fields of dense ones, and Mixtures-of-Experts of every kind."""
 
 import os
+import secrets
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ import pytest
 
 # Tiny matrices on two threads spend their time waiting for each other, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray settles in a process's first `init` whether it authenticates. A cluster that a later test starts there would do
+# otherwise, and Ray would take every actor's owner for dead: so all clusters of this process have one secret.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 _SMALL = {
     "vocab_size": 320,

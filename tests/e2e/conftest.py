@@ -15,18 +15,19 @@ DEADLINE = 900.0
 
 @dataclass(frozen=True)
 class Command:
-    """`moestro` as a user runs it, in a process group of its own; what it prints goes to files in the home, since
-    children may outlive it and would hold a pipe open."""
+    """`moestro` as a user runs it, in a process group of its own, without the secret that this process has for Ray; what
+    it prints goes to files in the home, since children may outlive it and would hold a pipe open."""
 
     config: Path
 
     def start(self, home: Path, *arguments: str) -> "subprocess.Popen[bytes]":
         """Start it."""
         home.mkdir(exist_ok=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
         with (home / "stdout.txt").open("wb") as out, (home / "stderr.txt").open("wb") as err:
             return subprocess.Popen(
                 [sys.executable, "-m", "moestro_services.cli", *arguments],
-                env={**os.environ, "MOESTRO_HOME": str(home)},
+                env=environment | {"MOESTRO_HOME": str(home)},
                 stdout=out,
                 stderr=err,
                 start_new_session=True,

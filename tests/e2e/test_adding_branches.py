@@ -19,6 +19,7 @@ def variant(config: Path, target: Path, *domains: dict[str, Any], **branch: Any)
     for stage in ("rl", "compress", "deploy"):
         del data[stage]
     data["data"]["domains"] += domains
+    data["seed"]["domains"] = ["code", "math"]
     data["branch"] |= branch
     target.write_text(yaml.safe_dump(data))
     return target
