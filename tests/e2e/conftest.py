@@ -15,8 +15,8 @@ DEADLINE = 900.0
 
 @dataclass(frozen=True)
 class Command:
-    """`moestro` as a user runs it, in a process group of its own, without the secret that this process has for Ray; what
-    it prints goes to files in the home, since children may outlive it and would hold a pipe open."""
+    """`moestro` as a user runs it, in a process group of its own, without this process's secret for Ray; what it prints
+    goes to files in the home, since children may outlive it and would hold a pipe open."""
 
     config: Path
 

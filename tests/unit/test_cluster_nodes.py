@@ -106,10 +106,14 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
             nodes.shutdown()
 
 
-def wait_for(condition: Callable[[], object]) -> None:
+def wait_for(condition: Callable[[], object], *running: "Future[Artifact]") -> None:
+    """Raises what has ended one of those that are `running`."""
     end = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < end
+        for future in running:
+            if future.done():
+                future.result()
         time.sleep(0.02)
 
 
@@ -167,7 +171,7 @@ def test_branches_spread_over_the_nodes_and_a_lost_ones_go_on_elsewhere(
     running = [
         machines.submit(store, step, ALONE, reporter=recorder) for step, recorder in zip(steps, recorders, strict=True)
     ]
-    wait_for(lambda: len(checkpoints(store)) == 3 and all(recorder.rows for recorder in recorders))
+    wait_for(lambda: len(checkpoints(store)) == 3 and all(recorder.rows for recorder in recorders), *running)
     nodes = list(claims(store).values())
     assert sorted(nodes.count(node) for node in set(nodes)) == [SMALL, LARGE]
     gone = next(node for node in nodes if nodes.count(node) == LARGE)
@@ -199,7 +203,7 @@ def test_a_group_spans_nodes_and_resumes_after_losing_a_worker(
     alone = machines.submit(ArtifactStore(tmp_path / "alone"), step, three).result(DEADLINE)
     store = ArtifactStore(tmp_path / "home")
     running = machines.submit(store, step, three, reporter=recorder)
-    wait_for(lambda: checkpoints(store) and recorder.rows)
+    wait_for(lambda: checkpoints(store) and recorder.rows, running)
     members(3)[1].kill()
     made = running.result(DEADLINE)
     assert made.record.files == alone.record.files
@@ -217,7 +221,7 @@ def test_a_group_on_a_lost_node_waits_for_cores_and_resumes(
     alone = machines.submit(ArtifactStore(tmp_path / "alone"), step, PAIR).result(DEADLINE)
     store = ArtifactStore(tmp_path / "home")
     running = machines.submit(store, step, PAIR, reporter=recorder)
-    wait_for(lambda: checkpoints(store) and recorder.rows)
+    wait_for(lambda: checkpoints(store) and recorder.rows, running)
     machines.lose_the_large_one()
     machines.mend()
     assert running.result(DEADLINE).record.files == alone.record.files
@@ -229,7 +233,7 @@ def test_a_group_whose_workers_keep_dying_gives_up(
 ) -> None:
     store = ArtifactStore(tmp_path)
     running = machines.submit(store, branch_step(4000), PAIR.model_copy(update={"max_retries": 0}))
-    wait_for(lambda: checkpoints(store))
+    wait_for(lambda: checkpoints(store), running)
     members(2)[0].kill()
     with pytest.raises(
         ResourceError, match=r"The worker of branch died 1 times: .* it resumes from the last checkpoint"
