@@ -2,9 +2,9 @@
 
 On a CPU with MKL PyTorch computes exp, cos, sqrt and their like with its vector functions, on several threads. The MKL
 in PyTorch's builds (2024.2) chooses a kernel when such a function is called first, and if several threads call it at
-once, one of them may get one of low precision for its share: eleven bits of float32's twenty-four. That is rare, comes
-about on busy machines (pytorch/pytorch#188792), and stays where a result is kept, such as vLLM's table of rotary
-cosines: a model server then has log-probabilities 1e-4 off until it is started again.
+once, one of them may get one of low precision for its share. That is rare, comes about on busy machines
+(pytorch/pytorch#188792), and stays where a result is kept, such as vLLM's table of rotary cosines: a model server then
+has log-probabilities that are off beyond rounding until it is started again.
 """
 
 import functools
@@ -22,7 +22,7 @@ FUNCTIONS = (
 def settle_vector_math() -> None:
     """Call each function once on one element, so on one thread, in float32 and float64.
 
-    Call it in a process before tensors of more than one element are computed; further calls cost nothing. vLLM calls it
+    Call it in a process before several threads compute shares of a tensor; further calls cost nothing. vLLM calls it
     in each of its processes, as a plugin.
     """
     for dtype in (torch.float32, torch.float64):

@@ -124,6 +124,7 @@ def follow_step(step: Step, scratch: Path, *, resources: Resources) -> None:
 
 
 def _use_threads(count: int | None) -> None:
+    """Prepare torch for a stage; one without a number of threads may do without torch."""
     if count is None:
         return
     import torch
